@@ -1,0 +1,150 @@
+"""All settings, in one place: a TOML file, over it `HELIOSTAT_*` variables (nested keys with two underscores)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+GIB = 1024**3
+
+
+class HttpSettings(BaseModel):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free port (`--port auto`)."""
+    replicas: int = 1
+    max_body_bytes: int = 1024**2
+    """JSON bodies."""
+    max_upload_bytes: int = 1 * GIB
+    public_url: str | None = None
+
+
+class DatabaseSettings(BaseModel):
+    dsn: str | None = None
+    """postgresql://…; None: the embedded server under the data folder."""
+    pool_size: int = 10
+
+
+class RaySettings(BaseModel):
+    port: int = 0
+    """GCS; 0: any free port. So for the others."""
+    dashboard_port: int = 0
+    temp_dir: Path | None = None
+    """Must be short: Ray puts unix sockets there (107 characters at most)."""
+
+
+class NodeDeclaration(BaseModel):
+    """What this machine offers; None: detect."""
+
+    kind: str | None = None
+    slots: int | None = None
+    memory_gb: float | None = None
+    """GiB per slot."""
+
+
+class AuthSettings(BaseModel):
+    issuer: str = "heliostat"
+    audience: str = "heliostat"
+    builtin: bool = True
+    jwks_url: str | None = None
+    """An OIDC issuer's keys, https (http only on 127.0.0.1)."""
+    tenant_claim: str = "tenant"
+    leeway_s: int = 30
+
+
+class QuotaSettings(BaseModel):
+    """Defaults for new tenants."""
+
+    max_queued_jobs: int = 1000
+    max_slots: int | None = None
+
+
+class SchedulerTimes(BaseModel):
+    lease_ttl_s: float = 30.0
+    margin_s: float = 10.0
+    poll_s: float = 2.0
+    stage_limit_s: float = 900.0
+    max_fruitless_attempts: int = 3
+    """Attempts in a row without a new checkpoint or step before a job is given up."""
+
+
+class TrainingSettings(BaseModel):
+    checkpoint_every_s: float = 60.0
+    exact_match_rows: int = 200
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="HELIOSTAT_", env_nested_delimiter="__", extra="forbid")
+
+    profile: Literal["laptop", "production"] = "laptop"
+    data_dir: Path = Field(default_factory=lambda: Path.home() / ".heliostat")
+    storage_url: str | None = None
+    """Folder or s3://bucket/prefix; None: `objects` under the data folder."""
+    isolation: Literal["required", "preferred", "off"] = "preferred"
+    gpu_type_fallback: Literal["any", "none"] = "none"
+    pip_index_url: str | None = None
+    """Where tenants' packages come from; None: the machine's own pip settings."""
+    pip_find_links: list[str] = []
+    http: HttpSettings = HttpSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    ray: RaySettings = RaySettings()
+    node: NodeDeclaration = NodeDeclaration()
+    auth: AuthSettings = AuthSettings()
+    quota: QuotaSettings = QuotaSettings()
+    scheduler: SchedulerTimes = SchedulerTimes()
+    training: TrainingSettings = TrainingSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get(CONFIG_VARIABLE)
+        toml = (TomlConfigSettingsSource(settings_cls, Path(file)),) if file else ()
+        return (init_settings, env_settings, *toml)
+
+    # Places under the data folder, named once.
+    @property
+    def objects_url(self) -> str:
+        return self.storage_url or str(self.data_dir / "objects")
+
+    @property
+    def node_root(self) -> Path:
+        return self.data_dir / "node"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.data_dir / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.data_dir / "logs"
+
+    @property
+    def postgres_dir(self) -> Path:
+        return self.data_dir / "postgres"
+
+    @property
+    def issuer_key_file(self) -> Path:
+        return self.data_dir / "keys" / "issuer.json"
+
+
+CONFIG_VARIABLE = "HELIOSTAT_CONFIG_FILE"
+"""Names the TOML file; every process that the supervisor starts inherits it."""
+
+
+def load_settings(file: Path | None = None, **overrides: Any) -> Settings:
+    """Raises pydantic.ValidationError; a missing file raises FileNotFoundError."""
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(file)
+        os.environ[CONFIG_VARIABLE] = str(file)
+    return Settings(**overrides)

@@ -1,0 +1,83 @@
+"""What one training run is told: resolved hyperparameters and places. Standard library only; shipped with the child.
+
+The identity of a run is (this, the data, the seed, the world size, the threads per slot, the instruction set): the same identity
+gives the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+
+@dataclass(frozen=True)
+class Hyperparams:
+    """Resolved: no "auto" is left but where None says so."""
+
+    epochs: int = 3
+    batch_size: int = 8
+    """Global: rows per optimizer step over all ranks."""
+    micro_batch_size: Optional[int] = None
+    """Rows per forward pass and rank; None: chosen by the child (as large as the batch's share)."""
+    lr: float = 2e-4
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: Optional[List[str]] = None
+    """None: all linear layers but the head."""
+    max_seq_len: Optional[int] = None
+    """Tokens; None: the longest row, at most the model's context and 4096."""
+    lr_scheduler: str = "cosine"
+    """cosine, linear or constant; all after the warm-up."""
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    max_steps: Optional[int] = None
+    eval_steps: Optional[int] = None
+    overlength: str = "truncate"
+    """truncate, drop or error."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    base_model: str
+    """Folder with config.json, safetensors, tokenizer (with a chat template)."""
+    train_file: str
+    """Canonical rows, JSON lines: {"messages":[{"role","content","weight"?}…]} or {"prompt":str,"completion":str} or {"text":str}."""
+    output_dir: str
+    """Gets `checkpoints/step-<8 digits>/`, `artifact/`."""
+    validation_file: Optional[str] = None
+    adapter: Optional[str] = None
+    """Folder of a LoRA adapter to start from (continue training)."""
+    method: str = "sft"
+    training_type: str = "lora"
+    """lora or full."""
+    hyperparams: Hyperparams = field(default_factory=Hyperparams)
+    precision: str = "auto"
+    """auto (bf16 where the processor or GPU has it, else fp32), bf16, fp32."""
+    world_size: int = 1
+    devices: str = "cpu"
+    """`cpu`, or `cuda` (rank i uses the i-th visible GPU)."""
+    threads_per_slot: int = 1
+    checkpoint_every_s: float = 60.0
+    keep_checkpoints: int = 2
+    """How many durable checkpoints stay in `output_dir`."""
+    resume_from: Optional[str] = None
+    """Folder of a checkpoint made by the same identity."""
+    exact_match_rows: int = 200
+    """How many validation rows are answered greedily before and after; 0: none."""
+    max_new_tokens: int = 64
+    sample_rows: int = 3
+    memory_limit_gb: Optional[float] = None
+    """GiB per slot; on `cpu` the process's memory above what the imports take."""
+    metadata: Dict[str, Any] = field(default_factory=dict)
+    """Goes into the artifact's README as lineage."""
+
+    def to_dict(self) -> Dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> TrainConfig:
+        """Raises TypeError for an unknown or missing key."""
+        return cls(**{**data, "hyperparams": Hyperparams(**data.get("hyperparams", {}))})

@@ -1,0 +1,113 @@
+"""What a job's driver needs of the database, as a protocol (`app.db` implements it). Every write names the attempt; a stale one
+raises `Fenced`. While the database is down all raise `Unavailable`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.core.job import JobState, Placement, Wish
+from trainers.config import Hyperparams
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    step: int
+    attempt: int
+    prefix: str
+    """Storage prefix of its files."""
+    files: dict[str, str]
+    """File name → sha256."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that one attempt of a job needs. Prefixes are those of `cluster.storage`."""
+
+    job_id: str
+    tenant: str
+    attempt: int
+    placement: Placement
+    kind: str
+    """`cpu` or an accelerator's name."""
+    method: str
+    training_type: str
+    task: str
+    hyperparams: Hyperparams
+    precision: str
+    memory_limit_gb: float | None
+    base_model_name: str
+    base_model_prefix: str
+    base_model_sha256: str
+    adapter_prefix: str | None
+    """A tuned version to continue from; None: the base as it is."""
+    dataset_key: str
+    dataset_sha256: str
+    validation_key: str | None
+    validation_sha256: str | None
+    lock: dict[str, Any]
+    fingerprint: str
+    checkpoint: LastCheckpoint | None
+    output_model: str
+    max_runtime_s: float | None
+    ran_s: float
+    """Seconds that earlier attempts have run."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """`fenced`: another attempt, or nobody, owns this job now: end the child and leave."""
+
+    wish: Wish
+    fenced: bool
+
+
+@dataclass(frozen=True)
+class StepRow:
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+class DriverStore(Protocol):
+    def assignment(self, job_id: str, attempt: int) -> Assignment: ...
+
+    def heartbeat(self, job_id: str, attempt: int, ttl_s: float) -> Heartbeat:
+        """Renews the lease; does not raise `Fenced`."""
+        ...
+
+    def move(
+        self,
+        job_id: str,
+        attempt: int,
+        then: JobState,
+        *,
+        reason: str,
+        error: dict[str, str | None] | None = None,
+    ) -> bool:
+        """Compare-and-set from any state that `then` may follow, with its event, in one transaction. False: it may not."""
+        ...
+
+    def event(
+        self, job_id: str, attempt: int, type: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+    ) -> None: ...
+
+    def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
+        """One row per (job, step); a step computed again takes the place of its first row. Writes one `metrics` event."""
+        ...
+
+    def commit_checkpoint(
+        self, job_id: str, attempt: int, step: int, prefix: str, files: dict[str, str], metrics: dict[str, Any]
+    ) -> None: ...
+
+    def finish(
+        self, job_id: str, attempt: int, prefix: str, files: dict[str, str], metrics: dict[str, Any], lineage: dict[str, Any]
+    ) -> str:
+        """archiving → succeeded, with the model version, in one transaction; `<name>@<version>`. Again: the same answer."""
+        ...
