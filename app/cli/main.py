@@ -1,0 +1,46 @@
+"""`heliostat`: the command line. It loads neither torch nor Ray nor the database; `app.cli.command` says what commands share."""
+
+from __future__ import annotations
+
+from app.cli.command import group
+from app.cli.commands import (
+    base_models,
+    clusters,
+    context,
+    datasets,
+    doctor,
+    environments,
+    estimate,
+    finetune,
+    jobs,
+    logs,
+    models,
+    service,
+    tokens,
+)
+
+app = group("Fine-tune large language models on your own machines. Start with `heliostat up`.")
+
+# In the order of the help text.
+for part in (service, doctor, context):
+    part.register(app)
+for name, part_app in (
+    ("token", tokens.app),
+    ("base-model", base_models.app),
+    ("dataset", datasets.app),
+):
+    app.add_typer(part_app, name=name)
+finetune.register(app)
+logs.register(jobs.app)
+for name, part_app in (("jobs", jobs.app), ("env", environments.app), ("models", models.app)):
+    app.add_typer(part_app, name=name)
+for later in (clusters, estimate):
+    later.register(app)
+
+
+def main() -> None:
+    app(prog_name="heliostat")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Tenants: made on first use, with their quota and a user id of their own for sandboxes."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from app.db.models import Tenant
+from app.settings import QuotaSettings
+from cluster.errors import InvalidRequest, Unavailable
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+UIDS = range(30000, 60000)
+"""Below 65536, so that they exist in rootless containers too; above where a distribution puts people's accounts."""
+
+
+def ensure_tenant(session: Session, tenant_id: str, quota: QuotaSettings | None = None) -> Tenant:
+    """The tenant's row, made when it is missing; a platform session. Raises `InvalidRequest` for a name that cannot
+    be one."""
+    found = session.get(Tenant, tenant_id)
+    if found is not None:
+        return found
+    if not NAME.fullmatch(tenant_id):
+        raise InvalidRequest(
+            f"{tenant_id[:80]!r} cannot be a tenant's name",
+            code="invalid_tenant",
+            param="tenant_id",
+            hint="Letters, digits, '.', '_' and '-', at most 64, the first a letter or digit.",
+        )
+    return _make(session, tenant_id, quota or QuotaSettings())
+
+
+def _make(session: Session, tenant_id: str, quota: QuotaSettings) -> Tenant:
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtext('heliostat tenants'))"))  # two first uses, two user ids
+    found = session.get(Tenant, tenant_id, populate_existing=True)
+    if found is not None:
+        return found
+    highest = session.scalar(select(func.max(Tenant.uid)))
+    uid = UIDS.start if highest is None else highest + 1
+    if uid not in UIDS:
+        raise Unavailable(
+            "all user ids for tenants are given away", code="no_tenant_uid", hint="Delete unused tenants."
+        )
+    tenant = Tenant(id=tenant_id, max_queued_jobs=quota.max_queued_jobs, max_slots=quota.max_slots, uid=uid)
+    session.add(tenant)
+    session.flush()
+    return tenant
+
+
+def set_quota(session: Session, tenant_id: str, quota: QuotaSettings) -> Tenant:
+    tenant = ensure_tenant(session, tenant_id, quota)
+    tenant.max_queued_jobs, tenant.max_slots = quota.max_queued_jobs, quota.max_slots
+    return tenant

@@ -1,0 +1,54 @@
+"""Around every request: its id, and the limit on the size of a body that is held in memory (all but uploads)."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import TooLarge
+
+GIVEN_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
+
+
+class RequestContext:
+    """Names the request (`x-request-id`, the caller's own if it has a plain form) and counts its body."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if GIVEN_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
+        scope["heliostat.request_id"] = request_id.decode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                rest = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message["headers"] = [*rest, (b"x-request-id", request_id)]
+            await send(message)
+
+        upload = headers.get(b"content-type", b"").startswith(b"multipart/")
+        await self._app(scope, receive if upload else self._limited(receive), named)
+
+    def _limited(self, receive: Receive) -> Receive:
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max:
+                raise TooLarge(
+                    f"the body has more than {self._max} bytes",
+                    hint="Upload data as a dataset (POST /api/v1/datasets).",
+                )
+            return message
+
+        return counted

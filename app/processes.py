@@ -1,0 +1,131 @@
+"""Operating-system processes of one Heliostat: free ports, starting marked processes, ending all that carry the mark."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INSTANCE_VARIABLE = "HELIOSTAT_INSTANCE"
+"""Every process that a supervisor starts, and all that those start, carry the instance's id in this variable."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def port_taken(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def holder_of(port: int) -> str:
+    """Who listens on a port, as text for an error message."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return "a process that this user may not see"
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            try:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+            except psutil.NoSuchProcess:
+                continue
+    return "an unknown process"
+
+
+@dataclass
+class Started:
+    """A process that the supervisor started, and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def end(self, timeout_s: float = 10.0) -> None:
+        """SIGTERM, then SIGKILL after the timeout."""
+        if not self.alive:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start(name: str, command: list[str], environment: dict[str, str], log: Path) -> Started:
+    """A process in a session of its own (a Ctrl-C in the terminal reaches the supervisor only)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Started(name, process, log)
+
+
+def marked(instance: str) -> Iterator[psutil.Process]:
+    """Every process of this instance but this one."""
+    needle = f"{INSTANCE_VARIABLE}={instance}".encode()
+    for pid in psutil.pids():
+        if pid == os.getpid():
+            continue
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if needle in environment.split(b"\0"):
+            try:
+                yield psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                continue
+
+
+def end_marked(instance: str, timeout_s: float = 10.0) -> int:
+    """SIGTERM and, after the timeout, SIGKILL to every process of the instance, until none is left. How many there were."""
+    processes = list(marked(instance))
+    _signal(processes, signal.SIGTERM)
+    psutil.wait_procs(processes, timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while (left := list(marked(instance))) and time.monotonic() < deadline:
+        _signal(left, signal.SIGKILL)
+        psutil.wait_procs(left, 1.0)
+    return len(processes)
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def last_lines(file: Path, count: int = 15) -> str:
+    if not file.is_file():
+        return ""
+    return "\n".join(file.read_text(errors="replace").splitlines()[-count:])

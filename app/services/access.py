@@ -1,0 +1,76 @@
+"""Who calls, and for which tenant. Everything a service does begins with one of these questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.auth.permissions import PLATFORM_ROLES, require
+from app.auth.verify import Identity
+from app.services.parts import Parts
+from app.db.tenants import ensure_tenant
+from cluster.errors import Forbidden, InvalidRequest
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`acting_for`: the tenant that a platform role has named."""
+
+    identity: Identity
+    acting_for: str | None = None
+
+    @property
+    def is_platform(self) -> bool:
+        return self.identity.role in PLATFORM_ROLES
+
+    @property
+    def tenant(self) -> str:
+        """Raises `InvalidRequest` for a platform role that named none."""
+        found = self.identity.tenant or self.acting_for
+        if found is None:
+            raise InvalidRequest(
+                "this token belongs to no tenant, so the request must name one",
+                code="tenant_required",
+                param="tenant_id",
+                hint="Add `tenant_id` (in the body, or as a query parameter), or use a tenant's token.",
+            )
+        return found
+
+    def may(self, permission: str) -> str:
+        """The tenant, once the permission is checked. Raises `Forbidden`."""
+        require(self.identity, permission)
+        return self.tenant
+
+    def for_tenant(self, named: str | None) -> Caller:
+        """`named` must be the token's tenant; an operator may name any. Raises `Forbidden`."""
+        if named is None or named == self.identity.tenant:
+            return self
+        if self.identity.tenant is not None or self.identity.role != "operator":
+            raise Forbidden(
+                "`tenant_id` is not the tenant of the token",
+                code="wrong_tenant",
+                param="tenant_id",
+                hint="Leave `tenant_id` out: the token says which tenant it is.",
+            )
+        return Caller(self.identity, named)
+
+    def must_be_operator(self) -> None:
+        if self.identity.role != "operator":
+            raise Forbidden(
+                "this is for operators", code="operator_required", hint="Use a token with the role `operator`."
+            )
+
+
+class Access:
+    """Tenants are made when their first valid token is seen: the issuer decides who exists."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._known: set[str] = set()
+
+    def known(self, caller: Caller) -> Caller:
+        tenant = caller.identity.tenant or caller.acting_for
+        if tenant is not None and tenant not in self._known:
+            with self._parts.database.platform() as session:
+                ensure_tenant(session, tenant, self._parts.settings.quota)
+            self._known.add(tenant)
+        return caller

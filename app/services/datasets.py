@@ -1,0 +1,218 @@
+"""Datasets: an upload becomes a version of a name, or nothing at all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import orjson
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.datasets.ingest import Ingested, Source, check_type, ingest, parse_columns
+from app.datasets.preview import render
+from app.db import ids
+from app.db.models import Dataset as DatasetRow
+from app.db.models import Job as JobRow
+from app.db.repository import Page, PageRequest, Repository
+from app.schemas.common import NAME_PATTERN
+from app.schemas.datasets import Dataset, DatasetPreview, DatasetReport, PreviewRow, Span
+from app.services.access import Caller
+from app.services.parts import Parts
+from cluster.core.job import TERMINAL
+from cluster.errors import Conflict, InvalidRequest
+from cluster.storage.objects import CHUNK_BYTES
+
+PREVIEW_ROWS = 3
+PREVIEW_LINE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Upload:
+    """`columns`: `field=column` pairs."""
+
+    file: IO[bytes]
+    filename: str
+    name: str | None = None
+    type: str = "auto"
+    columns: list[str] = field(default_factory=list)
+
+
+class DatasetService:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def create(self, caller: Caller, upload: Upload) -> tuple[Dataset, bool]:
+        """(dataset, whether it is new). The same content again under the same name is the version that is there."""
+        tenant = caller.may("dataset:write")
+        name = dataset_name(upload)
+        source = Source(upload.file, upload.filename, check_type(upload.type), parse_columns(upload.columns))
+        with tempfile.TemporaryFile() as canonical:
+            made = ingest(source, canonical, self._parts.settings.http.max_upload_bytes)
+            dataset_id = ids.new_id(ids.DATASET)
+            prefix = f"tenants/{tenant}/datasets/{dataset_id}"
+            row = _row(tenant, name, prefix, made)
+            row.id, row.source_sha256 = dataset_id, _sha256(upload.file)
+            return self._store(row, prefix, (upload.file, canonical))
+
+    def _store(self, row: DatasetRow, prefix: str, files: tuple[IO[bytes], IO[bytes]]) -> tuple[Dataset, bool]:
+        """Objects first, then the row that names them: a row never points at nothing."""
+        stored = False
+        try:
+            with self._parts.database.tenant(row.tenant_id) as session:
+                there = _same_content(session, row)
+            if there is not None:
+                return view(there), False
+            for name, file in zip(("source", "rows.jsonl"), files, strict=True):
+                file.seek(0)
+                self._parts.storage.put_stream(f"{prefix}/{name}", file)
+            with self._parts.database.tenant(row.tenant_id) as session:
+                there = self._insert(session, row)
+            stored = there is row
+            return view(there), stored
+        finally:
+            if not stored:
+                self._parts.storage.delete_prefix(prefix)
+
+    def _insert(self, session: Session, row: DatasetRow) -> DatasetRow:
+        # The number is taken under a lock, so of two equal uploads the second finds the first.
+        row.version = Repository(session, row.tenant_id).next_version(DatasetRow, row.name)
+        there = _same_content(session, row)
+        if there is not None:
+            return there
+        session.add(row)
+        session.flush()
+        session.refresh(row)
+        return row
+
+    def page(self, caller: Caller, request: PageRequest, name: str | None = None) -> Page[DatasetRow]:
+        tenant = caller.may("dataset:read")
+        conditions = () if name is None else (DatasetRow.name == name,)
+        with self._parts.database.tenant(tenant) as session:
+            return Repository(session, tenant).page(DatasetRow, request, *conditions)
+
+    def get(self, caller: Caller, ref: str) -> Dataset:
+        return view(self._row(caller, ref))
+
+    def report(self, caller: Caller, ref: str) -> DatasetReport:
+        row = self._row(caller, ref)
+        return DatasetReport(dataset_id=row.id, **row.report)
+
+    def preview(self, caller: Caller, ref: str) -> DatasetPreview:
+        """The first rows as they will be learned."""
+        row = self._row(caller, ref)
+        shown = []
+        with self._parts.storage.reader(row.object_key) as source:
+            for number, line in enumerate(_first_lines(source, PREVIEW_ROWS), start=1):
+                spans = [Span(**span) for span in render(orjson.loads(line))]
+                shown.append(PreviewRow(row=number, spans=spans))
+        return DatasetPreview(dataset_id=row.id, rows=shown)
+
+    def delete(self, caller: Caller, ref: str) -> str:
+        """The rows go at once; the number of the version is not used again. Raises `Conflict` while a job needs it."""
+        tenant = caller.may("dataset:delete")
+        with self._parts.database.tenant(tenant) as session:
+            row = Repository(session, tenant).dataset(ref)
+            session.refresh(row, with_for_update=True)  # a job that is being created holds it: wait and see that job
+            user = session.scalar(select(JobRow.id).where(_uses(row.id)).limit(1))
+            if user is not None:
+                raise Conflict(
+                    f"job {user} still needs this dataset", code="dataset_in_use", hint="Cancel the job, or wait for its end."
+                )
+            row.deleted_at = func.now()
+            dataset_id = row.id
+        self._parts.storage.delete_prefix(f"tenants/{tenant}/datasets/{dataset_id}")
+        return dataset_id
+
+    def _row(self, caller: Caller, ref: str) -> DatasetRow:
+        tenant = caller.may("dataset:read")
+        with self._parts.database.tenant(tenant) as session:
+            return Repository(session, tenant).dataset(ref)
+
+
+def _uses(dataset_id: str) -> Any:
+    needed = (JobRow.dataset_id == dataset_id) | (JobRow.validation_dataset_id == dataset_id)
+    return needed & JobRow.state.not_in([str(state) for state in TERMINAL])
+
+
+def view(row: DatasetRow) -> Dataset:
+    return Dataset(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        ref=f"{row.name}@{row.version}",
+        format=row.format,
+        task=row.task,
+        rows=row.rows,
+        bytes=row.bytes,
+        max_chars=row.max_chars,
+        sha256=row.sha256,
+        source_sha256=row.source_sha256,
+        warnings=row.report["warnings"],
+        created_at=int(row.created_at.timestamp()),
+    )
+
+
+def dataset_name(upload: Upload) -> str:
+    """As asked for, else made from the file's name. Raises `InvalidRequest`."""
+    if upload.name is None:
+        stem = upload.filename.rsplit("/", 1)[-1].rsplit("\\", 1)[-1].split(".", 1)[0].lower()
+        return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:64] or "dataset"
+    if not re.fullmatch(NAME_PATTERN, upload.name):
+        raise InvalidRequest(
+            "a name has 1 to 64 of a–z, 0–9, '.', '_' and '-', and begins with a letter or digit",
+            code="invalid_name",
+            param="name",
+            hint="For instance legal_docs_2024.",
+        )
+    return upload.name
+
+
+def _row(tenant: str, name: str, prefix: str, made: Ingested) -> DatasetRow:
+    return DatasetRow(
+        tenant_id=tenant,
+        name=name,
+        format=str(made.format),
+        task=made.task,
+        rows=made.rows,
+        bytes=made.bytes,
+        sha256=made.sha256,
+        object_key=f"{prefix}/rows.jsonl",
+        report=made.report,
+        max_chars=made.max_chars,
+    )
+
+
+def _same_content(session: Session, row: DatasetRow) -> DatasetRow | None:
+    """The newest version of the name, if it holds the same."""
+    newest = (
+        select(DatasetRow)
+        .where(DatasetRow.tenant_id == row.tenant_id, DatasetRow.name == row.name, DatasetRow.deleted_at.is_(None))
+        .order_by(DatasetRow.version.desc())
+        .limit(1)
+    )
+    with session.no_autoflush:
+        there = session.scalar(newest)
+    same = there is not None and (there.sha256, there.source_sha256) == (row.sha256, row.source_sha256)
+    return there if same else None
+
+
+def _sha256(file: IO[bytes]) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _first_lines(source: Any, count: int) -> list[bytes]:
+    held = b""
+    while held.count(b"\n") < count and len(held) < PREVIEW_LINE_BYTES * count:
+        chunk = source.read(65536)
+        if not chunk:
+            break
+        held += chunk
+    return held.splitlines()[:count]

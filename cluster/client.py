@@ -1,0 +1,226 @@
+"""The one place where `cluster` talks to Ray: makes the scheduler and the agents detached actors, and calls them with
+time limits. Ray's errors end here: callers see `Unavailable`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster.agent import NodeAgent
+from cluster.errors import Fenced, Unavailable
+from cluster.ports import AgentParts, NodeReport, SchedulerParts
+from cluster.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "heliostat"
+SCHEDULER = "scheduler"
+NODE_LABEL = "heliostat-node"
+"""Of the nodes that are ours, with a name that survives a restart of the raylet (Ray's own node id does not)."""
+
+CONTROL_RESOURCE = "heliostat_control"
+"""Of the nodes that control actors may live on."""
+
+REPORT_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 15.0
+RETRY_AGENT_S = 30.0
+"""An agent that could not start is not tried again at once: every try is a process."""
+
+SchedulerWiring = Callable[[], SchedulerParts]
+AgentWiring = Callable[[], AgentParts]
+
+
+def connect(address: str) -> None:
+    """Joins the Ray cluster at `address` (host:port); the token, if it has one, comes from the environment."""
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, ignore_reinit_error=True)
+
+
+def agent_name(node: str) -> str:
+    return f"agent-{node}"
+
+
+def our_nodes() -> dict[str, float]:
+    """Living nodes by name, with the number of GPUs that Ray sees there. Raises `Unavailable`."""
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"] and NODE_LABEL in node["Labels"]]
+    except RayError as error:
+        raise _unavailable("Ray does not list its nodes", error) from error
+    return {node["Labels"][NODE_LABEL]: node["Resources"].get("GPU", 0.0) for node in nodes}
+
+
+def ensure_agents(wiring: AgentWiring) -> dict[str, ActorHandle[Any]]:
+    """An agent on every living node of ours, made where there is none; by node. Does not wait for them to start.
+    Raises `Unavailable`."""
+    return {node: _ensure_agent(node, gpus, wiring) for node, gpus in our_nodes().items()}
+
+
+def _ensure_agent(node: str, gpus: float, wiring: AgentWiring) -> ActorHandle[Any]:
+    actor = _agents.options(
+        name=agent_name(node),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        label_selector={NODE_LABEL: node},
+        num_cpus=0,
+        num_gpus=gpus,  # all of them: leases, not Ray, say who uses which
+        max_restarts=-1,
+        max_task_retries=3,  # all methods can be repeated
+    )
+    try:
+        return actor.remote(node, wiring)
+    except RayError as error:
+        raise _unavailable(f"Ray does not make the agent of node {node}", error) from error
+
+
+def node_agent(node: str) -> ActorHandle[Any]:
+    """Raises `Unavailable`."""
+    return _actor(agent_name(node))
+
+
+def ensure_scheduler(wiring: SchedulerWiring, agents: AgentWiring, timeout_s: float = 60.0) -> None:
+    """The scheduler's actor, made if it is not there, and its answer awaited. It makes the agents. Both wirings are
+    module-level functions. Raises `Unavailable`, `Fenced` when a scheduler of another cluster rules this database."""
+    actor = _schedulers.options(
+        name=SCHEDULER,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        resources={CONTROL_RESOURCE: 0.001},
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,  # callers ask for now
+    )
+    try:
+        scheduler = actor.remote(wiring, agents)
+    except RayError as error:
+        raise _unavailable("Ray does not make the scheduler", error) from error
+    ask(scheduler.ping.remote(), timeout_s)
+
+
+def scheduler_state(timeout_s: float = 10.0) -> dict[str, Any]:
+    """Raises `Unavailable`."""
+    state: dict[str, Any] = ask(_actor(SCHEDULER).state.remote(), timeout_s)
+    return state
+
+
+def ask(answer: Any, timeout_s: float) -> Any:
+    """The result of a call to an actor. Raises what the actor raised of the house's errors, else `Unavailable`."""
+    try:
+        return ray.get(answer, timeout=timeout_s)
+    except RayError as error:
+        if isinstance(error, Fenced | Unavailable):
+            raise
+        raise _unavailable("an actor did not answer", error) from error
+
+
+def _actor(name: str) -> ActorHandle[Any]:
+    try:
+        return ray.get_actor(name, NAMESPACE)
+    except (ValueError, RayError) as error:
+        raise _unavailable(f"actor {name} is not there", error) from error
+
+
+def _unavailable(what: str, error: Exception) -> Unavailable:
+    return Unavailable(f"{what}: {type(error).__name__}", code="ray_unavailable", hint="Look at `heliostat status`.")
+
+
+class RayNodes:
+    """`cluster.ports.Nodes` over agents; makes the agent of every node that joins."""
+
+    def __init__(self, wiring: AgentWiring) -> None:
+        self._wiring = wiring
+        self._asked: dict[str, float] = {}  # when an agent was last asked for, where none answers
+
+    def reports(self) -> Sequence[NodeReport]:
+        calls = {agent.report.remote(): node for node, agent in self._agents().items()}
+        if not calls:
+            return []
+        ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=REPORT_TIMEOUT_S)
+        if late:
+            log.warning("no report in %.0f s from nodes %s", REPORT_TIMEOUT_S, sorted(calls[call] for call in late))
+        return [report for call in ready if (report := _report(call, calls[call])) is not None]
+
+    def _agents(self) -> dict[str, ActorHandle[Any]]:
+        found = {}
+        for node, gpus in our_nodes().items():
+            try:
+                found[node] = node_agent(node)
+            except Unavailable:
+                if time.monotonic() - self._asked.get(node, -RETRY_AGENT_S) >= RETRY_AGENT_S:
+                    self._asked[node] = time.monotonic()
+                    found[node] = _ensure_agent(node, gpus, self._wiring)
+        return found
+
+    def end_attempt(self, node: str, job_id: str, attempt: int) -> bool | None:
+        if node not in our_nodes():  # its agent waits for the node to come back, and so would the call
+            return None
+        try:
+            return bool(ray.get(node_agent(node).end_attempt.remote(job_id, attempt), timeout=END_TIMEOUT_S))
+        except (Unavailable, RayError) as error:
+            log.warning("node %s cannot say whether job %s attempt %d lives: %s", node, job_id, attempt, error)
+            return None
+
+
+def _report(call: Any, node: str) -> NodeReport | None:
+    try:
+        report: NodeReport = ray.get(call)
+        return report
+    except RayError as error:
+        log.warning("no report from node %s: %s", node, error)
+        return None
+
+
+class AgentActor(NodeAgent):
+    """An environment may take minutes, and eight may be made at a time; reports and ends go by their own threads."""
+
+    def __init__(self, name: str, wiring: AgentWiring) -> None:
+        logging.basicConfig(level=logging.INFO)
+        super().__init__(name, wiring)
+        self.open()  # here, because after a crash Ray calls nothing but the constructor
+
+    @ray.method(concurrency_group="control")
+    def report(self) -> NodeReport:
+        return super().report()
+
+    @ray.method(concurrency_group="control")
+    def end_attempt(self, job_id: str, attempt: int) -> bool:
+        return super().end_attempt(job_id, attempt)
+
+
+class SchedulerActor(Scheduler):
+    def __init__(self, wiring: SchedulerWiring, agents: AgentWiring) -> None:
+        logging.basicConfig(level=logging.INFO)
+        super().__init__(wiring, RayNodes(agents))
+        self._fenced: Fenced | None = None
+        threading.Thread(target=self._work, name="scheduler", daemon=True).start()
+
+    def ping(self) -> int:
+        if self._fenced is not None:
+            raise self._fenced
+        return super().ping()
+
+    def _work(self) -> None:
+        """A loop that breaks takes the process with it, so that Ray begins a new one. A fenced one stays, idle: Ray
+        would restart it, it would take the epoch back, and two schedulers would fence each other for ever."""
+        try:
+            self.run()
+        except Fenced as error:
+            self._fenced = error
+            log.warning("another scheduler has taken over: %s", error)
+        finally:
+            if self._fenced is None:
+                traceback.print_exc()
+                os._exit(1)
+
+
+_agents: Any = ray.remote(concurrency_groups={"control": 4}, max_concurrency=8)(AgentActor)
+_schedulers: Any = ray.remote(max_concurrency=4)(SchedulerActor)

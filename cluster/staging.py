@@ -1,0 +1,132 @@
+"""What jobs read from the node's disk: base models, once a node, and the files of one attempt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from cluster.errors import Conflict
+from cluster.storage.objects import ObjectStore, folder_sha256
+
+MANIFEST = "manifest.json"
+"""Under a model's prefix: {file: sha256}."""
+
+READY = "READY"
+_FORGET_AFTER_S = 3600.0
+
+
+class Staging:
+    """Below `root`: `models/<sha256>/`, `jobs/<job>/a<attempt>/`. Files are 0644 in 0755: a tenant's uid reads them."""
+
+    def __init__(self, root: Path, objects: ObjectStore) -> None:
+        self._root = root
+        self._objects = objects
+
+    def models(self) -> frozenset[str]:
+        """Hashes of the models that are complete here."""
+        return frozenset(ready.parent.name for ready in (self._root / "models").glob(f"*/{READY}"))
+
+    def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> Path:
+        """The model's folder, copied and checked once. `files` (name → sha256) or else the manifest under `prefix`;
+        `sha256` is that of the folder. Raises `NotFound`, `Conflict` (`object_damaged`)."""
+        folder = self._root / "models" / _plain(sha256)
+        with _locked(folder.with_name(f"{folder.name}.lock")):
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                self._copy_model(prefix, sha256, folder, files or self._manifest(prefix))
+        return folder
+
+    def _manifest(self, prefix: str) -> dict[str, str]:
+        manifest: dict[str, str] = json.loads(self._objects.read_bytes(f"{prefix}/{MANIFEST}"))
+        return manifest
+
+    def _copy_model(self, prefix: str, sha256: str, folder: Path, files: dict[str, str]) -> None:
+        if folder_sha256(files) != sha256:
+            raise Conflict(
+                f"the files listed under {prefix} are not those of model {sha256[:12]}…",
+                code="object_damaged",
+                hint="Register the base model again.",
+                fixable_by="operator",
+            )
+        _make_folder(folder)
+        for name, file_sha256 in files.items():
+            self._fetch(f"{prefix}/{name}", folder, name, file_sha256)
+        (folder / READY).write_text(json.dumps({name: (folder / name).stat().st_size for name in files}))
+
+    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> Path:
+        """The scratch folder of an attempt with its files (name → (key, sha256)); those of older attempts go.
+        Raises `NotFound`, `Conflict` (`object_damaged`)."""
+        self._forget_ended_jobs()
+        scratch = self._scratch(job_id, attempt)
+        with _locked(scratch.parent / "lock"):
+            for older in scratch.parent.glob("a*"):
+                if older.name.removeprefix("a").isdecimal() and int(older.name[1:]) < attempt:
+                    shutil.rmtree(older)
+            _make_folder(scratch)
+            for name, (key, sha256) in files.items():
+                self._fetch(key, scratch, name, sha256)
+        return scratch
+
+    def clear_attempt(self, job_id: str, attempt: int) -> None:
+        """The job's own folder stays for a while: it says that the job ran here."""
+        shutil.rmtree(self._scratch(job_id, attempt), ignore_errors=True)
+
+    def ran_here(self, job_id: str) -> bool:
+        return (self._root / "jobs" / job_id).is_dir()
+
+    def _forget_ended_jobs(self) -> None:
+        for folder in (self._root / "jobs").glob("*"):
+            if not any(folder.glob("a*")) and time.time() - folder.stat().st_mtime > _FORGET_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)  # another call may be at it too
+
+    def _fetch(self, key: str, folder: Path, name: str, sha256: str) -> None:
+        target = folder / _relative(name)
+        _make_folder(target.parent)
+        self._objects.get_file(key, target, sha256)
+
+    def _scratch(self, job_id: str, attempt: int) -> Path:
+        return self._root / "jobs" / _plain(job_id) / f"a{attempt}"
+
+
+def _locked(path: Path) -> FileLock:
+    """Over threads and processes, and gone with the process that held it."""
+    _make_folder(path.parent)
+    return FileLock(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    """READY is written last, with the sizes; a file that was cut or removed since makes the copy worthless."""
+    ready = folder / READY
+    if not ready.is_file():
+        return False
+    try:
+        sizes = json.loads(ready.read_text())
+    except json.JSONDecodeError:  # the machine went down while it was written
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _make_folder(folder: Path) -> None:
+    """0755 all the way, whatever the umask of the agent."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        made.chmod(0o755)
+
+
+def _plain(name: str) -> str:
+    """Raises ValueError for a name that would leave its folder."""
+    if not name or "/" in name or name in (".", ".."):
+        raise ValueError(f"not a plain name: {name!r}")
+    return name
+
+
+def _relative(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"not a name below a folder: {name!r}")
+    return path

@@ -1,0 +1,207 @@
+"""Makes environments on one node: lock → immutable prefix, once, whoever asks and whatever gets killed meanwhile.
+
+`<root>/envs/<fingerprint>/` holds `prefix/`, `lock.json`, `manifest.json` and, written last, `READY`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime_envs.errors import BUILD_FAILED, DAMAGED, EnvironmentProblem
+from runtime_envs.fingerprint import FINGERPRINT, fingerprint_of
+from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, seal, site_packages
+from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.lock import Lock, check_base, read_lock
+from runtime_envs.uv import READABLE_UMASK, run_uv
+from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_ready, quick_verify, walk
+
+LOCK_TIMEOUT_S = 1800.0
+LOCK_POLL_S = 0.05
+COMPILE_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An environment that is ready. `python` is the interpreter of the prefix."""
+
+    fingerprint: str
+    prefix: Path
+    python: Path
+
+
+class HostEnvironments:
+    """The environments of base `host` under `root`. Without `index` and `base`: this machine's pip settings and this
+    platform."""
+
+    def __init__(self, root: Path, index: PipIndex | None = None, base: HostBase | None = None) -> None:
+        self._root = root.absolute()
+        self._index = index
+        self._base = base
+
+    def path(self, fingerprint: str) -> Path:
+        """The folder of this environment, whether it is there or not."""
+        return environment_folder(self._root, fingerprint)
+
+    def ready(self) -> frozenset[str]:
+        folder = self._root / "envs"
+        homes = folder.iterdir() if folder.is_dir() else ()
+        return frozenset(home.name for home in homes if FINGERPRINT.fullmatch(home.name) and is_ready(home))
+
+    def materialize(self, lock: dict[str, Any]) -> Prepared:
+        """Makes the prefix of this lock, or finds it; blocks for the install (seconds to minutes). Raises
+        EnvironmentProblem: `environment_base_changed`, `environment_build_failed`, `environment_damaged`."""
+        parsed, fingerprint = read_lock(lock), fingerprint_of(lock)
+        base = self._base or load_host_base()
+        check_base(parsed, base)
+        home = self.path(fingerprint)
+        try:
+            with _held(self._root / "locks" / f"{fingerprint}.lock") as lock_fd:
+                if not is_ready(home):
+                    self._build(parsed, base, home, lock_fd)
+        except OSError as error:
+            raise _failed(f"{error.strerror or error} ({error.filename or home})") from error
+        if damaged := quick_verify(home):
+            raise _damaged(home, damaged)
+        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX))
+
+    def _build(self, lock: Lock, base: HostBase, home: Path, lock_fd: int) -> None:
+        if home.exists():  # somebody was killed while building it
+            shutil.rmtree(home)
+        prefix = home / PREFIX
+        prefix.mkdir(parents=True)
+        home.parent.chmod(0o755)
+        make_prefix(prefix, base)
+        if lock.pip:
+            before = seal(prefix)
+            self._install(lock, prefix, lock_fd)
+            _check_seal(prefix, before)
+            _compile(prefix, lock_fd)
+        make_readable(home)
+        _write_durably(home / "lock.json", lock.model_dump_json())
+        _write_durably(home / MANIFEST, json.dumps(build_manifest(prefix)))
+        _write_durably(home / READY, "")
+
+    def _install(self, lock: Lock, prefix: Path, lock_fd: int) -> None:
+        index = self._index or machine_index()
+        pins = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}" for package in lock.pip]
+        with tempfile.TemporaryDirectory(prefix="heliostat-install-") as folder:
+            scratch = Path(folder)
+            (scratch / "requirements.txt").write_text("\n".join([*index.lines(), *pins]) + "\n", encoding="utf-8")
+            result = run_uv(
+                ["pip", "install", "--requirement", "requirements.txt", "--require-hashes", "--no-deps", "--no-build",
+                 "--python", str(python_of(prefix)), "--link-mode", "hardlink",
+                 "--cache-dir", str(self._root / "uv-cache")],
+                index, scratch=scratch, keep_fd=lock_fd,
+            )  # fmt: skip
+        if result.returncode != 0:
+            raise _failed(result.message[:3000])
+
+
+def environment_folder(root: Path, fingerprint: str) -> Path:
+    if not FINGERPRINT.fullmatch(fingerprint):
+        raise ValueError(f"not a fingerprint: {fingerprint!r}")
+    return root / "envs" / fingerprint
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[int]:
+    """A lock between processes. It is flock on a descriptor that uv inherits: when this process is killed while uv
+    still writes, the lock is held until uv has ended, and nobody clears the folder under its hands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise _failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s")
+            time.sleep(LOCK_POLL_S)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _check_seal(prefix: Path, before: tuple[str, ...]) -> None:
+    try:
+        kept = seal(prefix) == before
+    except (OSError, UnicodeDecodeError):
+        kept = False
+    if not kept:
+        raise EnvironmentProblem(
+            BUILD_FAILED, "A package of this environment writes over the environment's own Python or settings.",
+            hint="Leave out the package that brings files such as `pyvenv.cfg` or `bin/python`.",
+        )  # fmt: skip
+
+
+def _compile(prefix: Path, lock_fd: int) -> None:
+    """Byte code beforehand: the first import then costs a third. Made by the platform's interpreter without `site`: the
+    prefix's own would run the tenant's .pth files outside of the sandbox. A file that does not compile is no failure.
+    """
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-q", str(site_packages(prefix))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=COMPILE_TIMEOUT_S,
+            pass_fds=(lock_fd,),
+            umask=READABLE_UMASK,
+        )
+
+
+def make_readable(folder: Path) -> None:
+    """Every file 0644 or 0755, every folder 0755: other uids (the tenants') read them, only we write."""
+    for parent, _, _ in os.walk(folder):
+        Path(parent).chmod(0o755)
+    for path in walk(folder):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(0o755 if mode & stat.S_IXUSR else 0o644)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _failed(reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        BUILD_FAILED, f"The environment could not be made on this node: {reason}",
+        hint="Check the node's disk and its package index, then retry the job.", fixable_by="operator",
+    )  # fmt: skip
+
+
+def _damaged(home: Path, names: list[str]) -> EnvironmentProblem:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return EnvironmentProblem(
+        DAMAGED, f"Files of environment {home.name} changed since it was built: {', '.join(names[:3])}{more}.",
+        hint=f"When no job uses it, remove {home} and the cache `uv-cache` beside `envs`: it is then built again.",
+        fixable_by="operator",
+    )  # fmt: skip

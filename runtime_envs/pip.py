@@ -1,0 +1,147 @@
+"""Solves the pip part of an environment over a base. Nothing is installed, and no package's code runs: wheels only."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from packaging.tags import sys_tags
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+
+from runtime_envs.errors import INDEX_FAILED, UNSOLVABLE, EnvironmentProblem
+from runtime_envs.host import HostBase, Installed
+from runtime_envs.index import PipIndex
+from runtime_envs.spec import Dependency
+from runtime_envs.uv import UvResult, run_uv
+
+MAX_REASON_CHARS = 3000
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """`filename` and `sha256` of the wheel for this platform; empty for what the base has."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PipSolution:
+    """`packages` go into the prefix; `provided` are the base's (name → version), the core and its needs included."""
+
+    packages: tuple[Resolved, ...]
+    provided: dict[str, str]
+
+
+def solve_pip(wanted: Sequence[Dependency], base: HostBase, index: PipIndex) -> PipSolution:
+    """The core is required at the base's versions, so that what it needs stays consistent; the other packages of the
+    base are preferred, and the tenant's wins. Raises `environment_unsolvable` with the resolver's reason."""
+    with tempfile.TemporaryDirectory(prefix="heliostat-solve-") as folder:
+        scratch = Path(folder)
+        arguments = _write_question(scratch, wanted, base, index)
+        result = run_uv(arguments, index, scratch=scratch)
+        if result.returncode != 0:
+            raise _problem(result, wanted, base)
+        answer = tomllib.loads((scratch / "pylock.toml").read_text(encoding="utf-8"))
+    packages = answer.get("packages", [])
+    provided = {p["name"]: p["version"] for p in packages if base.version(canonicalize_name(p["name"])) == p["version"]}
+    over = tuple(_resolved(p) for p in packages if p["name"] not in provided)
+    return PipSolution(over, dict(sorted(provided.items())))
+
+
+def _write_question(scratch: Path, wanted: Iterable[Dependency], base: HostBase, index: PipIndex) -> list[str]:
+    core = [f"{name}=={base.installed[name].version}" for name in base.core]
+    lines = [*index.lines(), *core, *(dependency.text for dependency in wanted)]
+    (scratch / "requirements.in").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (scratch / "pylock.toml").write_text(_preferences(base.installed.values()), encoding="utf-8")
+    _write_stubs(scratch / "base", base.installed.values())
+    cache = ["--cache-dir", str(index.cache_dir)] if index.cache_dir else []
+    return ["pip", "compile", "requirements.in", "--output-file", "pylock.toml", "--python", sys.executable,
+            "--no-build", "--find-links", "base", "--no-header", "--no-annotate", *cache]  # fmt: skip
+
+
+def _preferences(installed: Iterable[Installed]) -> str:
+    """uv keeps the versions of the file that it writes to, where it can."""
+    entries = (f'[[packages]]\nname = "{package.name}"\nversion = "{package.version}"\n' for package in installed)
+    return 'lock-version = "1.0"\ncreated-by = "heliostat"\n' + "".join(entries)
+
+
+def _write_stubs(folder: Path, installed: Iterable[Installed]) -> None:
+    """Wheels with nothing but the metadata of what is installed. The resolver then knows the base exactly, also where
+    no index has it (`2.13.0+cpu`) or is reachable. Never installed: whatever has the base's version is dropped."""
+    folder.mkdir()
+    for package in installed:
+        stem = f"{package.name.replace('-', '_')}-{package.version}"
+        with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{stem}.dist-info/METADATA", _metadata(package))
+            wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def _metadata(package: Installed) -> str:
+    lines = ["Metadata-Version: 2.1", f"Name: {package.name}", f"Version: {package.version}"]
+    lines += [f"Provides-Extra: {extra}" for extra in package.extras]
+    lines += [f"Requires-Dist: {requirement}" for requirement in package.requires]
+    return "\n".join(lines) + "\n"
+
+
+def _resolved(package: dict[str, Any]) -> Resolved:
+    """The wheel that fits this platform best, so that a lock does not change when others are added to the release."""
+    rank = {tag: position for position, tag in enumerate(sys_tags())}
+    candidates = [(_rank(name, rank), name, wheel) for wheel in package.get("wheels", ()) if (name := _filename(wheel))]
+    best = min((c for c in candidates if c[0] is not None and c[2].get("hashes", {}).get("sha256")), default=None,
+               key=lambda candidate: (candidate[0], candidate[1]))  # fmt: skip
+    if best is None:
+        raise EnvironmentProblem(
+            UNSOLVABLE, f"{package['name']} {package['version']} has no wheel with a SHA-256 for this platform.",
+            hint="Choose another version; packages are not built from source here.",
+        )  # fmt: skip
+    return Resolved(package["name"], package["version"], best[1], best[2]["hashes"]["sha256"])
+
+
+def _filename(wheel: dict[str, Any]) -> str:
+    place = wheel.get("name") or wheel.get("url") or wheel.get("path") or ""
+    return unquote(urlsplit(place).path).rsplit("/", 1)[-1]
+
+
+def _rank(filename: str, rank: dict[Any, int]) -> int | None:
+    try:
+        tags = parse_wheel_filename(filename)[3]
+    except InvalidWheelFilename:
+        return None
+    return min((rank[tag] for tag in tags if tag in rank), default=None)
+
+
+def _problem(result: UvResult, wanted: Sequence[Dependency], base: HostBase) -> EnvironmentProblem:
+    reason = result.message.partition("cause: ")[2] or result.message
+    if "No solution found" not in result.message:
+        return EnvironmentProblem(
+            INDEX_FAILED, f"The packages could not be looked up: {reason}",
+            hint="Try again; if it stays, the operator should check the package index.", fixable_by="operator",
+        )  # fmt: skip
+    culprit = next((d for d in wanted if _mentions(reason, d.name)), None)
+    where = f"environment.yml line {culprit.line} (`{culprit.text}`): " if culprit else ""
+    return EnvironmentProblem(
+        UNSOLVABLE, f"{where}{reason}", hint=_hint(reason, base), line=culprit.line if culprit else None
+    )
+
+
+def _mentions(reason: str, name: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", reason) is not None
+
+
+def _hint(reason: str, base: HostBase) -> str:
+    core = [f"{name} {base.version(name)}" for name in base.core if _mentions(reason, name)]
+    if core:
+        return f"The base `host` has {', '.join(core)}, which cannot be replaced: leave it out or allow this version."
+    return "Loosen or change the named version, or check the spelling of the package."

@@ -1,0 +1,11 @@
+"""Puts tests/ on the path, so that builders and fixtures are shared, and loads the common fixtures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # else `import app` finds the folder tests/app first
+
+pytest_plugins = ["fixtures_postgres"]

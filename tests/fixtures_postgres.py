@@ -1,0 +1,57 @@
+"""A real PostgreSQL for tests: one server a session, one fresh migrated database a test (copied from a template:
+fast)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from app.db.embedded import EmbeddedPostgres
+from app.db.migrate import migrate
+from app.db.session import Database
+
+TEMPLATE = "template_heliostat"
+UNSAFE_BUT_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "32MB"}
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[EmbeddedPostgres]:
+    folder = Path(tempfile.mkdtemp(prefix="heliostat-tests-"))
+    server = EmbeddedPostgres(folder / "pg", UNSAFE_BUT_FAST)
+    server.start()
+    try:
+        _admin(server, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(TEMPLATE)))
+        migrate(server.dsn(TEMPLATE))
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """Of a fresh migrated database, dropped after the test."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY")
+    _admin(postgres_server, copy.format(sql.Identifier(name), sql.Identifier(TEMPLATE)))
+    yield postgres_server.dsn(name)
+    _admin(postgres_server, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database(dsn: str) -> Iterator[Database]:
+    database = Database(dsn)
+    yield database
+    database.close()
+
+
+def _admin(server: EmbeddedPostgres, statement: sql.Composed) -> None:
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as connection:
+        connection.execute(statement)

@@ -1,0 +1,49 @@
+"""What a run leaves: a LoRA adapter as peft writes it, or a Hugging Face folder, with tokenizer, chat template and lineage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainers.child.folders import aside, publish
+from trainers.child.model import Loaded
+from trainers.config import TrainConfig
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Weights and configuration; a checkpoint and an artifact hold them alike."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
+
+
+def write_artifact(loaded: Loaded, config: TrainConfig, metrics: dict[str, Any]) -> tuple[Path, dict[str, str]]:
+    """(folder, {file: sha256})."""
+    folder = Path(config.output_dir) / "artifact"
+    temporary = aside(folder)
+    base = str(config.metadata.get("base_model") or Path(config.base_model).name)
+    if hasattr(loaded.model, "peft_config"):
+        loaded.model.peft_config["default"].base_model_name_or_path = base
+    save_model(loaded.model, temporary)
+    loaded.tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(_readme(config, base, loaded, metrics), encoding="utf-8")
+    return folder, publish(temporary, folder)
+
+
+def _readme(config: TrainConfig, base: str, loaded: Loaded, metrics: dict[str, Any]) -> str:
+    kind = "LoRA adapter" if config.training_type == "lora" else "model"
+    lineage = {
+        "base_model": base,
+        "method": config.method,
+        "training_type": config.training_type,
+        "precision": loaded.precision,
+        "world_size": config.world_size,
+        "hyperparams": config.to_dict()["hyperparams"],
+        "metrics": metrics,
+        **config.metadata,
+    }
+    header = f"---\nbase_model: {json.dumps(base)}\n" + ("library_name: peft\n" if kind == "LoRA adapter" else "") + "---\n"
+    added = "\nThe base model had no chat template; ChatML was used and is stored here.\n" if loaded.template_added else ""
+    return f"{header}# {kind} tuned from {base}\n{added}\n```json\n{json.dumps(lineage, indent=2, default=str)}\n```\n"

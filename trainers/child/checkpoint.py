@@ -1,0 +1,136 @@
+"""Everything a run needs to go on with the same numbers: weights, optimizer, random generators, and the step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainers.child.artifact import save_model
+from trainers.child.data import file_sha256
+from trainers.child.engine import Engine
+from trainers.child.failure import TrainFailure
+from trainers.child.folders import aside, flush, publish, total_bytes
+from trainers.child.world import World
+from trainers.config import TrainConfig
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. The rows of a step follow from its number. `evaluated_step`: the last one that was evaluated."""
+
+    step: int = 0
+    evaluated_step: int = -1
+
+
+@dataclass(frozen=True)
+class Written:
+    step: int
+    path: Path
+    bytes: int
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The checkpoints of one run under `output_dir`."""
+
+    config: TrainConfig
+    world: World
+    identity: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / "checkpoints"
+
+    def write(self, position: Position, model: Any, engine: Engine, metrics: dict[str, Any]) -> Written | None:
+        """Called by all ranks together; what was written, on rank 0."""
+        target = self.folder / f"step-{position.step:08d}"
+        first = self.world.rank == 0
+        temporary = aside(target) if first else target.with_name(f".{target.name}.tmp")
+        self.world.barrier()
+        own = temporary / f"rank-{self.world.rank:05d}.pt"
+        torch.save({"engine": engine.state(), "random": _random_state(self.world)}, own)
+        flush(own)
+        if first:
+            save_model(model, temporary)
+            state = {"format": FORMAT, "identity": self.identity, "world_size": self.world.size, "metrics": metrics}
+            (temporary / STATE_FILE).write_text(json.dumps({**state, **asdict(position)}, indent=1), encoding="utf-8")
+        self.world.barrier()
+        hashes = publish(temporary, target) if first else {}
+        self.world.barrier()
+        return Written(position.step, target, total_bytes(target), hashes) if first else None
+
+    def read(self, folder: Path, engine: Engine) -> Position:
+        """Restores engine and random generators; the weights are loaded already, since they lie there as a model does.
+        Raises TrainFailure when the checkpoint is damaged or of another run."""
+        try:
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            rank = torch.load(folder / f"rank-{self.world.rank:05d}.pt", map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _unreadable(folder, str(error)) from error
+        if (state.get("format"), state.get("identity")) != (FORMAT, self.identity):
+            raise _unreadable(folder, "it belongs to a run with other data, hyperparameters or world size")
+        engine.load_state(rank["engine"])
+        _restore_random(rank["random"])
+        return Position(state["step"], state["evaluated_step"])
+
+    def prune(self, durable: int) -> None:
+        """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay."""
+        older = sorted(path for path in self.folder.glob("step-*") if step_of(path) <= durable)
+        for path in older[: -max(1, self.config.keep_checkpoints)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    match = re.fullmatch(r"step-(\d{8,})", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def identity_of(config: TrainConfig, precision: str) -> str:
+    """A digest of what makes the numbers of a run. Threads and processor belong to it too, but a checkpoint may move."""
+    parts = {
+        "data": file_sha256(Path(config.train_file)),
+        "hyperparams": asdict(config.hyperparams),
+        "method": [config.method, config.training_type, precision],
+        "world_size": config.world_size,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _unreadable(folder: Path, why: str) -> TrainFailure:
+    hint = "Resume from another checkpoint, or start the job again."
+    return TrainFailure("checkpoint_unusable", f"{folder.name} cannot be used: {why}.", hint=hint, fixable_by="operator")
+
+
+def _random_state(world: World) -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if world.device != "cpu":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,161 @@
+"""Between steps the loop asks one object: go on, write a checkpoint, wait, or stop. Rank 0 decides, all ranks do the same at
+the same step, and every command is answered in every state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainers.child.failure import Stopped
+from trainers.child.world import World
+from trainers.protocol import Message
+
+GO_ON, CHECKPOINT, PARK, STOP = range(4)
+ACTIONS = {"checkpoint": CHECKPOINT, "park": PARK, "resume": GO_ON, "stop": STOP}
+
+
+class Wire(Protocol):
+    """What a rank talks over: a `Channel` to the launcher, or `Printer` where there is none."""
+
+    def send(self, type: str, **fields: Any) -> None: ...
+
+    def receive(self) -> Message | None: ...
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What only the recipe can do. `save` runs on all ranks together; `prune` frees what an older step left."""
+
+    save: Callable[[], None]
+    prune: Callable[[int], None]
+
+
+class Control:
+    def __init__(
+        self, wire: Wire, world: World, checkpoint_every_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.state = "loading"
+        self.step = 0
+        self._wire = wire
+        self._world = world
+        self._every_s = checkpoint_every_s
+        self._clock = clock
+        self._actions: Actions | None = None
+        self._saved_step = 0
+        self._saved_at = clock()
+        self._commands: queue.Queue[Message] = queue.Queue()
+        self._released: queue.Queue[int] = queue.Queue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._parked = False
+
+    def listen(self) -> None:
+        """Answers from now on. The thread also ends this process when the launcher is gone, whatever it computes."""
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+
+    def join(self, world: World) -> None:
+        """The other ranks are there; from now on `between` may be called."""
+        self._world = world
+
+    def attach(self, actions: Actions, step: int) -> None:
+        """The run is loaded and stands at `step`, which needs no checkpoint."""
+        self._actions = actions
+        self.step = self._saved_step = step
+        self._saved_at = self._clock()
+
+    def emit(self, type: str, **fields: Any) -> None:
+        """A message to the worker, from rank 0 only."""
+        if self._world.rank == 0:
+            self._wire.send(type, **fields)
+
+    @contextlib.contextmanager
+    def during(self, state: str) -> Iterator[None]:
+        before, self.state = self.state, state
+        yield
+        self.state = before
+
+    def between(self) -> None:
+        """Called by all ranks at the same places, where the run could be cut. Raises Stopped."""
+        while True:
+            action, command = self._agree()
+            if action == GO_ON:
+                self._parked = False
+            elif action == PARK:
+                self._parked = True
+            else:
+                self.save()
+            if action == STOP:
+                self.state = "finished"
+            self._answer(command)
+            if action == STOP:
+                self.close()
+                raise Stopped
+            if action == GO_ON:
+                return
+
+    def save(self) -> None:
+        """A checkpoint of the step that is done, if it has none yet."""
+        if self._actions is None or self.step <= self._saved_step:
+            return
+        with self.during("checkpointing"):
+            self._actions.save()
+        self._saved_step, self._saved_at = self.step, self._clock()
+
+    def close(self) -> None:
+        """The loop asks no more: from now on commands are answered as they come."""
+        with self._lock:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._answer(self._commands.get_nowait())
+
+    def _agree(self) -> tuple[int, Message | None]:
+        if self._world.rank == 0:
+            action, command = self._decide()
+            if not self._parked:
+                self._world.from_first(action)
+            elif self._world.size > 1:
+                self._wire.send("release", action=action)
+            return action, command
+        # who is parked waits on its pipe: a collective would run into its time limit
+        return (self._released.get() if self._parked else self._world.from_first(0)), None
+
+    def _decide(self) -> tuple[int, Message | None]:
+        try:
+            command = self._commands.get(block=self._parked)
+        except queue.Empty:
+            return (CHECKPOINT if self._due() else GO_ON), None
+        return ACTIONS[command["command"]], command
+
+    def _due(self) -> bool:
+        return self.step > self._saved_step and self._clock() - self._saved_at >= self._every_s
+
+    def _answer(self, command: Message | None) -> None:
+        if command is not None:
+            state = "parked" if self._parked else self.state
+            self._wire.send("ack", id=command["id"], command=command["command"], state=state, step=self.step)
+
+    def _listen(self) -> None:
+        while (message := self._wire.receive()) is not None:
+            self._take(message)
+        os._exit(1)
+
+    def _take(self, message: Message) -> None:
+        if message["type"] == "release":
+            self._released.put(message["action"])
+        elif message["type"] == "saved":
+            if self._actions is not None:
+                self._actions.prune(message["step"])
+        elif message["type"] == "command":
+            with self._lock:
+                waits = message["command"] in ACTIONS and not self._closed
+                if waits:
+                    self._commands.put(message)
+            if not waits:
+                self._answer(message)

@@ -1,0 +1,26 @@
+"""From a run's configuration to DeepSpeed's JSON; a pure function. Optimizer, learning rate and accumulation are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainers.config import TrainConfig
+
+
+def deepspeed_config(config: TrainConfig, micro_batch_size: int, *, bf16: bool) -> dict[str, Any]:
+    """`bf16`: weights in bfloat16 with fp32 masters (full training). LoRA's adapter weights are fp32: no mode is needed."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the loop sets the boundary itself, since the last batch may be short
+        "gradient_clipping": config.hyperparams.max_grad_norm,
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": config.devices != "cpu",  # gloo reduces, but does not scatter
+        },
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }

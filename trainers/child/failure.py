@@ -1,0 +1,56 @@
+"""Why a training cannot go on, with a stable code and a hint, and how an exception of a library becomes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_MESSAGE_CHARS = 2000
+
+
+class Stopped(Exception):
+    """The run was told to stop; its checkpoint is written. Not a failure."""
+
+
+class TrainFailure(Exception):
+    """`fixable_by` user: the same run would fail again; operator or nobody: it may work elsewhere or later."""
+
+    def __init__(self, code: str, message: str, *, hint: str | None = None, fixable_by: str = "user") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.fixable_by = fixable_by
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `failed` message, but for the step."""
+        return {
+            "code": self.code,
+            "message": self.message[:MAX_MESSAGE_CHARS],
+            "hint": self.hint,
+            "fixable_by": self.fixable_by,
+        }
+
+
+def describe(error: BaseException) -> TrainFailure:
+    """The failure that `error` stands for: itself, memory, or something that nobody foresaw."""
+    if isinstance(error, TrainFailure):
+        return error
+    text = f"{type(error).__name__}: {error}".strip()
+    if _is_memory(error):
+        return TrainFailure(
+            "out_of_memory",
+            f"The training ran out of memory: {text}",
+            hint="Lower batch_size or max_seq_len, use training_type lora, or ask for more memory.",
+        )
+    if isinstance(error, OSError):
+        return TrainFailure("io_error", f"A file could not be read or written: {text}", fixable_by="operator")
+    hint = "The log has the traceback. If the data and the environment are right, this is a bug."
+    return TrainFailure("training_error", f"The training code failed: {text}", hint=hint, fixable_by="operator")
+
+
+def _is_memory(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "MemoryError" in names or "OutOfMemoryError" in names:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

@@ -1,0 +1,116 @@
+"""Loads what a run trains: the base model with a LoRA adapter, or all of its weights; and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainers.child.failure import TrainFailure
+from trainers.child.render import CHATML
+from trainers.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`precision`: bf16 or fp32, as resolved. `template_added`: the base had no chat template and got ChatML."""
+
+    model: Any
+    tokenizer: Any
+    precision: str
+    template_added: bool
+
+    @property
+    def context(self) -> int | None:
+        """Tokens."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def count(self, *, trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or not trainable)
+
+
+def resolve_precision(config: TrainConfig) -> str:
+    if config.precision != "auto":
+        return config.precision
+    if config.devices == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def load(config: TrainConfig, device: str) -> Loaded:
+    """The model as the run finds it: at a checkpoint when it resumes, else with the adapter to continue from, or a new one
+    drawn from the seed. Raises TrainFailure."""
+    precision = resolve_precision(config)
+    tokenizer, template_added = load_tokenizer(config.base_model)
+    folder = config.base_model
+    if config.training_type == "full" and config.resume_from:
+        folder = config.resume_from
+    model = load_weights(folder, precision)
+    model.to(device)
+    model = _lora(model, config) if config.training_type == "lora" else _full(model, config)
+    return Loaded(model, tokenizer, precision, template_added)
+
+
+def load_tokenizer(folder: str) -> tuple[Any, bool]:
+    """(tokenizer, whether ChatML was added)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.chat_template:
+        return tokenizer, False
+    tokenizer.chat_template = CHATML
+    return tokenizer, True
+
+
+def load_weights(folder: str, precision: str) -> Any:
+    """A causal model in the run's precision; safetensors only, since other formats run code when they are read."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # the name of the argument changed in transformers 4.56
+    key = "dtype" if _version() >= (4, 56) else "torch_dtype"
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **{key: dtype})
+    except (OSError, ValueError) as error:
+        hint = "Add the base model again; `heliostat base-model add` checks what it takes."
+        raise TrainFailure(
+            "model_not_loadable", f"The base model cannot be loaded: {error}", hint=hint, fixable_by="operator"
+        ) from error
+
+
+def _version() -> tuple[int, int]:
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _lora(model: Any, config: TrainConfig) -> Any:
+    start = config.resume_from or config.adapter
+    if start:
+        return PeftModel.from_pretrained(model, start, is_trainable=True)
+    hyper = config.hyperparams
+    torch.manual_seed(hyper.seed)  # the same adapter on every rank
+    lora = LoraConfig(
+        r=hyper.lora_r,
+        lora_alpha=hyper.lora_alpha,
+        lora_dropout=hyper.lora_dropout,
+        target_modules=hyper.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        hint = "Check target_modules against the names of the model's layers, or leave it out."
+        raise TrainFailure("lora_not_applicable", f"LoRA does not fit this model: {error}", hint=hint) from error
+
+
+def _full(model: Any, config: TrainConfig) -> Any:
+    if config.adapter and not config.resume_from:
+        model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
+    return model.requires_grad_(True)

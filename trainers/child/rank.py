@@ -1,0 +1,59 @@
+"""One rank's process: seeds and threads, the other ranks, the recipe, and how it ended."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from trainers.child.control import Control, Wire
+from trainers.child.failure import Stopped, TrainFailure, describe
+from trainers.child.memory import MemoryLimit
+from trainers.child.world import World, join
+from trainers.config import TrainConfig
+
+
+def run_rank(config: TrainConfig, rank: int, size: int, wire: Wire) -> None:
+    """Returns when the run is finished or stopped; after a failure, told to the wire, raises it."""
+    control = Control(wire, World(rank, size), config.checkpoint_every_s)
+    control.listen()
+    try:
+        _run(config, rank, size, control)
+    except Stopped:
+        return
+    except Exception as error:
+        control.state = "failed"
+        wire.send("failed", step=control.step, **describe(error).fields())
+        control.close()
+        raise
+
+
+def _run(config: TrainConfig, rank: int, size: int, control: Control) -> None:
+    memory = MemoryLimit(config.memory_limit_gb, "cpu" if config.devices == "cpu" else f"cuda:{rank}")
+    make_deterministic(config)
+    world = join(rank, size, config.devices)
+    control.join(world)
+    recipe(config.method).run(config, world, control, memory)
+
+
+def recipe(method: str) -> ModuleType:
+    """The recipe's module: `run(config, world, control, memory)`."""
+    name = f"trainers.child.recipes.{method}"
+    if not method.isidentifier() or importlib.util.find_spec(name) is None:
+        raise TrainFailure("method_unsupported", f"There is no recipe {method!r}.", hint="Use method sft.")
+    return importlib.import_module(name)
+
+
+def make_deterministic(config: TrainConfig) -> None:
+    """The same identity of a run gives the same numbers, bit for bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(config.threads_per_slot)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    random.seed(config.hyperparams.seed)
+    np.random.seed(config.hyperparams.seed % (1 << 32))
+    torch.manual_seed(config.hyperparams.seed)

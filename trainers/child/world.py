@@ -1,0 +1,51 @@
+"""The ranks of one run: who this one is, and the few things that ranks tell each other besides gradients."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """`group`: a gloo group for numbers on the host; None in a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    group: Any = None
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all ranks."""
+        if self.group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        return [float(value) for value in tensor]
+
+    def from_first(self, value: int) -> int:
+        """Rank 0's value."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.broadcast(tensor, src=0, group=self.group)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        self.from_first(0)
+
+
+def join(rank: int, size: int, devices: str) -> World:
+    """Meets the other ranks at MASTER_ADDR:MASTER_PORT. Raises RuntimeError when they do not come."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    device = f"cuda:{local}" if devices == "cuda" else "cpu"
+    if devices == "cuda":
+        torch.cuda.set_device(local)
+    if size == 1:
+        return World(device=device)
+    dist.init_process_group("nccl" if devices == "cuda" else "gloo", rank=rank, world_size=size)
+    return World(rank, size, device, dist.new_group(backend="gloo"))

@@ -1,0 +1,220 @@
+"""How much accelerator memory a training needs, and the smallest set of slots that has it. Pure: from a model's config.
+
+Two estimates: `model` (from the architecture and the way of training; decides where the config can be read) and `rule`
+(parameters × 4 bytes × 2.5; the fallback). GiB everywhere; weights, gradients, optimizer as in arXiv:1910.02054 §3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.core.job import Shape
+from cluster.errors import ResourceError
+from trainers.run.architectures import ModelShape, read_shape
+
+GIB = 1024**3
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)
+DEFAULT_SEQ_LEN = 2048
+"""Assumed where the longest row is not known."""
+
+MARGIN = 1.05
+"""Allocator fragmentation, buffers of collectives."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The way of training, as far as memory depends on it."""
+
+    method: str = "sft"
+    training_type: str = "lora"
+    precision: str = "bf16"
+    """`auto` counts as bf16."""
+    seq_len: int = DEFAULT_SEQ_LEN
+    micro_batch: int = 1
+    """Rows in one forward pass; 1 is the smallest that works, and the micro-batch is ours to choose."""
+    lora_r: int = 16
+    zero_stage: int = 2
+    """Of DeepSpeed, when there is more than one slot."""
+    slots: int = 1
+    on_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Per slot. `parts` in bytes; `decided_by` is `model` or `rule`."""
+
+    parts: dict[str, int]
+    total_gb: float
+    rule_gb: float
+    decided_by: str
+    parameters: int
+    trainable_parameters: int
+    slots: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The memory part of a job's `estimate`."""
+        return {
+            "memory_gb": self.total_gb,
+            "rule_memory_gb": self.rule_gb,
+            "decided_by": self.decided_by,
+            "parts_gb": {name: round(size / GIB, 3) for name, size in self.parts.items()},
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "slots": self.slots,
+        }
+
+
+def rule_gb(parameters: int) -> float:
+    """The 2.5× rule: parameters × 4 bytes × 2.5, in GB of 10⁹ as the rule is quoted (7·10⁹ → 70)."""
+    return round(parameters * 4 * 2.5 / 1e9, 2)
+
+
+def estimate(config: Mapping[str, Any], training: Training, parameters: int | None = None) -> Estimate:
+    """`parameters`: counted when the model was registered; needed where the architecture is not known.
+    Raises `ResourceError` (`model_size_unknown`) when neither is there."""
+    shape = read_shape(config)
+    count = parameters or (shape.parameters if shape else None)
+    if count is None:
+        raise ResourceError(
+            f"the memory that this model needs cannot be estimated: its architecture "
+            f"({config.get('model_type', 'not named')}) is not known and its parameters were not counted",
+            code="model_size_unknown",
+            param="base_model",
+            hint="Register the base model again, so that its parameters are counted.",
+        )
+    if shape is None:
+        return _by_rule(count, training)
+    return _by_model(replace(shape, parameters=count), training)
+
+
+def _by_rule(count: int, training: Training) -> Estimate:
+    whole = int(count * 4 * 2.5) // training.slots
+    total = rule_gb(count) / training.slots
+    return Estimate({"rule": whole}, round(total, 2), rule_gb(count), "rule", count, count, training.slots)
+
+
+def _by_model(shape: ModelShape, training: Training) -> Estimate:
+    trainable = _trainable(shape, training)
+    parts = _states(shape, trainable, training) | {
+        "activations": _activations(shape, training),
+        "logits": _logits(shape, training),
+        "context": 0 if training.on_cpu else CUDA_CONTEXT_BYTES,
+    }
+    total = round(sum(parts.values()) * MARGIN / GIB, 2)
+    return Estimate(parts, total, rule_gb(shape.parameters), "model", shape.parameters, trainable, training.slots)
+
+
+def _trainable(shape: ModelShape, training: Training) -> int:
+    if training.training_type == "full":
+        return shape.parameters
+    return shape.layers * training.lora_r * sum(linear.inputs + linear.outputs for linear in shape.linears)
+
+
+def _states(shape: ModelShape, trainable: int, training: Training) -> dict[str, int]:
+    """Weights, gradients and AdamW states on one slot. LoRA's base is frozen, its adapter in fp32; full training in
+    bf16 keeps an fp32 master copy. ZeRO divides optimizer (1), gradients (2), weights (3) by the slots."""
+    narrow = 4 if training.precision == "fp32" else 2
+    full = training.training_type == "full"
+    divided = [training.slots if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    weights = shape.parameters * narrow if full else shape.parameters * narrow + trainable * 4
+    gradients = trainable * (narrow if full else 4)
+    optimizer = trainable * (12 if full and narrow == 2 else 8)
+    return {
+        "weights": weights // divided[2],
+        "gradients": gradients // divided[1],
+        "optimizer": optimizer // divided[0],
+    }
+
+
+def _activations(shape: ModelShape, training: Training) -> int:
+    """Kept for the backward pass, without recomputation and with an attention that keeps no scores: per token and
+    layer the inputs of norms, attention and MLP (arXiv:2205.05198 §4, adapted to a gated MLP)."""
+    width = 4 if training.precision == "fp32" else 2
+    per_token = 10 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate
+    return training.micro_batch * training.seq_len * shape.layers * per_token * width
+
+
+def _logits(shape: ModelShape, training: Training) -> int:
+    """fp32 logits and their gradient, at most for every position."""
+    return training.micro_batch * training.seq_len * shape.vocabulary * 8
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Slots of one kind: GiB of each, and how many of them one node has at most."""
+
+    kind: str
+    memory_gb: float
+    slots: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the request says. `kinds` in the order of preference (empty: any); `mem_limit_gb` per slot, never a minimum;
+    `slots` None: the smallest number that fits."""
+
+    kinds: tuple[str, ...] = ()
+    mem_limit_gb: float | None = None
+    slots: int | None = None
+
+
+def choose_shape(
+    config: Mapping[str, Any],
+    training: Training,
+    ask: Ask,
+    offers: Sequence[Offer],
+    parameters: int | None = None,
+) -> tuple[Shape, Estimate]:
+    """The smallest number of slots of a fitting kind, and its estimate. `offers` are those that match `ask.kinds`.
+    Raises `ResourceError`: `memory_limit_too_small`, `does_not_fit`."""
+    needed = [_estimate_for(config, training, slots, parameters) for slots in _counts(ask, offers)]
+    within = [one for one in needed if ask.mem_limit_gb is None or one.total_gb <= ask.mem_limit_gb]
+    if needed and not within:
+        raise _limit_too_small(needed, ask)
+    for one in within:
+        kinds = _fitting(one, offers)
+        if kinds:
+            return Shape(slots=one.slots, memory_gb=one.total_gb, kinds=kinds), one
+    raise _does_not_fit(needed, ask, offers)
+
+
+def _counts(ask: Ask, offers: Sequence[Offer]) -> list[int]:
+    most = max((offer.slots for offer in offers), default=0)
+    if ask.slots is not None:
+        return [ask.slots]
+    return [count for count in (1, 2, 4, 8, 16) if count <= most]
+
+
+def _estimate_for(config: Mapping[str, Any], training: Training, slots: int, parameters: int | None) -> Estimate:
+    return estimate(config, replace(training, slots=slots), parameters)
+
+
+def _fitting(one: Estimate, offers: Sequence[Offer]) -> tuple[str, ...]:
+    fitting = (offer.kind for offer in offers if offer.memory_gb >= one.total_gb and offer.slots >= one.slots)
+    return tuple(dict.fromkeys(fitting))
+
+
+def _limit_too_small(needed: Sequence[Estimate], ask: Ask) -> ResourceError:
+    first, least = needed[0], min(needed, key=lambda one: one.total_gb)
+    return ResourceError(
+        f"mem_limit_gb {ask.mem_limit_gb:g} is below what this training needs on each of {first.slots} GPU(s): "
+        f"{first.total_gb:g} GiB by the model estimate, {first.rule_gb:g} GB in all by the 2.5x rule",
+        code="memory_limit_too_small",
+        param="resource_config.mem_limit_gb",
+        hint=f"At least {least.total_gb:g} per GPU with {least.slots} GPU(s) fits; a smaller max_seq_len, "
+        "training_type lora or a smaller base model needs less.",
+    )
+
+
+def _does_not_fit(needed: Sequence[Estimate], ask: Ask, offers: Sequence[Offer]) -> ResourceError:
+    have = ", ".join(f"{offer.slots} x {offer.kind} of {offer.memory_gb:g} GiB" for offer in offers) or "none"
+    want = "; or ".join(f"{one.slots} with {one.total_gb:g} GiB each" for one in needed)
+    asked = " or ".join(ask.kinds) or "any kind"
+    return ResourceError(
+        f"this training fits on no node: it needs slots of {asked}: {want or 'at least one'}; a node has: {have}",
+        code="does_not_fit",
+        param="resource_config",
+        hint="Ask for another gpu_type or more num_gpus, use training_type lora, a smaller max_seq_len or a smaller "
+        "base model.",
+    )

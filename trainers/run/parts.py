@@ -1,0 +1,151 @@
+"""What the pieces of a job's Ray side say to each other: settings, the task of a worker, and the ports behind which Ray,
+the node agents and the worker group stand. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.core.job import JobState
+from cluster.ports import NodeReport
+from trainers.run.ports import DriverStore
+
+GIB = 1024**3
+Record = dict[str, Any]
+"""One thing that a worker tells its driver: a message of the child (`trainers.protocol`) or the worker's own: `spawned`,
+`stored` {step, prefix, files, metrics}, `artifact` {step, prefix, files, metrics}, `lost` {exit_code, signal, log_tail};
+each with `at`, the worker's clock."""
+
+Order = dict[str, Any]
+"""What the driver tells a worker: {order: command, id, command}, {order: saved, step}, {order: end}."""
+
+
+class DriverGone(Exception):
+    """The driver of this worker is no more: the worker ends its child and leaves."""
+
+
+class WorkersLost(Exception):
+    """The worker group could not start or did not live to the end of its work."""
+
+
+@dataclass(frozen=True)
+class DriverSettings:
+    """Of every job. `storage_url` as in `cluster.storage`; seconds."""
+
+    storage_url: str
+    lease_ttl_s: float = 30.0
+    checkpoint_every_s: float = 60.0
+    exact_match_rows: int = 200
+    stop_grace_s: float = 120.0
+    """From the order to checkpoint and stop until the child is killed."""
+    cancel_grace_s: float = 5.0
+    relay_s: float = 0.5
+    """How often a worker speaks to its driver: steps travel in batches, orders in the answers."""
+    max_output_bytes: int = 256 * GIB
+    """Most that one checkpoint or artifact may have."""
+    max_log_bytes: int = GIB // 4
+    """Most output of an attempt that is kept."""
+    max_waiting_records: int = 20_000
+    """Writes that wait for the database before the training is held up."""
+
+
+@dataclass(frozen=True)
+class DriverParts:
+    """What a wiring (a module-level function without arguments) gives a driver."""
+
+    store: DriverStore
+    settings: DriverSettings
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What one worker of an attempt is told, by an actor call: never in Train's arguments, which lie in the object store.
+
+    `config`: a `trainers.config.TrainConfig` as a dict. `visible_devices`: CUDA_VISIBLE_DEVICES of the child."""
+
+    job_id: str
+    attempt: int
+    tenant: str
+    fingerprint: str
+    python: str
+    scratch: str
+    config: dict[str, Any]
+    visible_devices: str
+    threads: int
+    settings: DriverSettings
+
+    @property
+    def prefix(self) -> str:
+        """Of everything of this tenant in storage."""
+        return f"tenants/{self.tenant}"
+
+    @property
+    def mark(self) -> str:
+        return f"{self.job_id}/{self.attempt}"
+
+
+class AgentHandle(Protocol):
+    """A node's agent (`cluster.agent`). Raises the agent's own `HeliostatError`, else `Unavailable`."""
+
+    def report(self) -> NodeReport: ...
+
+    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]: ...
+
+    def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str: ...
+
+    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str: ...
+
+    def clear_attempt(self, job_id: str, attempt: int) -> None: ...
+
+
+class Agents(Protocol):
+    def of(self, node: str) -> AgentHandle:
+        """Raises `Unavailable` when the node has no agent."""
+        ...
+
+
+@dataclass(frozen=True)
+class GangRequest:
+    """A worker on each of `nodes`; `name` is what operators see in the dashboard."""
+
+    job_id: str
+    attempt: int
+    name: str
+    nodes: tuple[str, ...]
+    fingerprint: str
+    scratch: str
+
+
+class Gang(Protocol):
+    """The worker group of one attempt (Ray Train)."""
+
+    def run(self, request: GangRequest) -> None:
+        """Blocks until all workers have returned. Raises `WorkersLost`."""
+        ...
+
+    def end(self) -> None:
+        """Ends what lives of it, at once; does nothing when nothing does."""
+        ...
+
+
+class DriverHandle(Protocol):
+    """The driver as a worker sees it. Both raise `DriverGone`."""
+
+    def task(self) -> WorkerTask: ...
+
+    def relay(self, records: list[Record]) -> list[Order]: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. `state` None: fenced, or the driver itself broke; then nothing more is written."""
+
+    state: JobState | None
+    reason: str
+    error: dict[str, str | None] | None = None
+    artifact: Record | None = field(default=None)
+
+
+Report = Callable[[str, float], None]
+"""Told the name of a stage and its seconds."""

@@ -1,0 +1,201 @@
+"""What runs in the Train worker of a node: starts the child, relays between it and the driver, stores what it makes.
+Never imports torch, and no package of a tenant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import HeliostatError, JobFailure, Unavailable
+from cluster.storage.objects import ObjectStore
+from trainers.protocol import MAX_MESSAGE_BYTES
+from trainers.run.child_files import Upload
+from trainers.run.child_logs import ChildLogs
+from trainers.run.child_process import Child, Spawn, spawn
+from trainers.run.messages import checked
+from trainers.run.parts import DriverGone, DriverHandle, Order, Record, WorkerTask
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_VARIABLE = "HELIOSTAT_ENV_FINGERPRINT"
+"""Set by the `tenant_env` plug-in once it has verified the environment."""
+
+_LISTEN_S = 0.5
+_LEAVE_S = 10.0
+_TERMINAL = ("artifact", "failed", "lost")
+_UPLOAD_TRIES = 4
+
+
+def work(driver: DriverHandle) -> None:
+    """One worker, from its task to its end. Raises `Unavailable` when the environment is not the task's."""
+    task = driver.task()
+    found = os.environ.get(FINGERPRINT_VARIABLE)
+    if found != task.fingerprint:
+        raise Unavailable(
+            f"the node gave this worker the environment {found or 'of the platform'} and not {task.fingerprint}",
+            code="environment_not_verified",
+            hint="The node needs the runtime environment plug-in `tenant_env`.",
+        )
+    Worker(task, driver, ObjectStore(task.settings.storage_url)).run()
+
+
+class Worker:
+    """The conversation with one child. The listening thread spawns it and stays; one thread speaks to the driver, one
+    uploads in order, one reads the output."""
+
+    def __init__(self, task: WorkerTask, driver: DriverHandle, storage: ObjectStore, spawn: Spawn = spawn) -> None:
+        self._task = task
+        self._driver = driver
+        self._spawn = spawn
+        self._upload = Upload(storage, Path(task.config["output_dir"]), task.settings.max_output_bytes)
+        self._storage = storage
+        self._outbox: queue.Queue[Record] = queue.Queue(maxsize=10_000)
+        self._ending = threading.Event()
+        self._finished = threading.Event()
+        self._told_end = False
+
+    def run(self) -> None:
+        """Returns when the child has ended and the driver knows how. Raises `DriverGone`."""
+        child = self._spawn(self._task)
+        logs = ChildLogs(self._storage, self._log_prefix(), child.logs, self._task.settings.max_log_bytes)
+        logs.start()
+        relay = threading.Thread(target=self._relay, args=(child,), name="relay", daemon=True)
+        relay.start()
+        uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        try:
+            self._converse(child, logs, uploads)
+        finally:
+            child.channel.close()
+            code = child.end(0.0 if self._ending.is_set() else _LEAVE_S)
+            uploads.shutdown(wait=True)
+            logs.close()
+            self._report_lost(code, logs)
+            self._finished.set()
+            relay.join()
+
+    def _log_prefix(self) -> str:
+        return f"{self._task.prefix}/jobs/{self._task.job_id}/logs/a{self._task.attempt}/r0"
+
+    def _converse(self, child: Child, logs: ChildLogs, uploads: ThreadPoolExecutor) -> None:
+        self._tell("spawned")
+        try:
+            child.channel.send("start", config=self._task.config)
+            self._listen(child, uploads)
+        except JobFailure as failure:
+            self._tell("failed", **failure.as_dict(), log_tail=logs.tail())
+        except BrokenPipeError:
+            pass  # it was dead before it heard us; its exit code says more
+
+    def _listen(self, child: Child, uploads: ThreadPoolExecutor) -> None:
+        """Until end of file, or until told to end. Raises `JobFailure` for a child that breaks the protocol."""
+        while not self._ending.is_set():
+            try:
+                message = child.channel.receive(_LISTEN_S)
+            except TimeoutError:
+                continue
+            except ValueError:
+                raise _unreadable() from None
+            if message is None:
+                return
+            self._hear(checked(message), uploads)
+
+    def _hear(self, message: Record, uploads: ThreadPoolExecutor) -> None:
+        kind = message["type"]
+        if kind == "checkpoint":
+            uploads.submit(self._store_checkpoint, message)
+            return
+        self._put(message)
+        if kind == "finished":
+            uploads.submit(self._store_artifact, message)
+
+    def _store_checkpoint(self, message: Record) -> None:
+        task, step = self._task, message["step"]
+        prefix = f"{task.prefix}/jobs/{task.job_id}/checkpoints/a{task.attempt}-s{step}"
+        self._store("stored", message["path"], message, prefix)
+
+    def _store_artifact(self, message: Record) -> None:
+        prefix = f"{self._task.prefix}/models/{self._task.job_id}/a{self._task.attempt}"
+        self._store("artifact", message["artifact"], message, prefix)
+
+    def _store(self, kind: str, folder: str, message: Record, prefix: str) -> None:
+        """A checkpoint that cannot be stored costs work after a fault, no more; an artifact is the result."""
+        try:
+            files = self._upload_patiently(folder, message["sha256"], prefix)
+        except HeliostatError as error:
+            if isinstance(error, JobFailure) or kind == "artifact":
+                self._tell("failed", **error.as_dict())
+            else:
+                self._tell("log", level="warning", message=f"{error.message}; training goes on")
+            return
+        self._tell(kind, step=message["step"], prefix=prefix, files=files, metrics=message["metrics"])
+
+    def _upload_patiently(self, folder: str, sha256: dict[str, str], prefix: str) -> dict[str, str]:
+        for attempt in range(_UPLOAD_TRIES):
+            try:
+                return self._upload.store(folder, sha256, prefix)
+            except OSError as error:
+                reason = error
+            if self._ending.wait(2.0**attempt):
+                break
+        raise Unavailable(f"storage did not take {prefix}: {reason}", code="storage_unavailable", fixable_by="nobody")
+
+    def _report_lost(self, code: int, logs: ChildLogs) -> None:
+        if not self._told_end:
+            signal = -code if code < 0 else None
+            self._tell("lost", exit_code=code, signal=signal, log_tail=logs.tail())
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        self._put({"type": kind, **fields})
+
+    def _put(self, record: Record) -> None:
+        """Waits when the driver is held up by its database: that holds up the child, in the end."""
+        self._told_end = self._told_end or record["type"] in _TERMINAL
+        self._outbox.put({**record, "at": time.time()})
+
+    def _relay(self, child: Child) -> None:
+        """Steps travel in batches, orders in the answers. The last batch goes when all else is done."""
+        last = False
+        while not last:
+            last = self._finished.wait(self._task.settings.relay_s)
+            try:
+                orders = self._driver.relay(self._drain())
+            except DriverGone:
+                log.warning("the driver of %s is gone: ending the child", self._task.mark)
+                self._ending.set()
+                break
+            for order in orders:
+                self._obey(order, child)
+        while not self._finished.wait(self._task.settings.relay_s):
+            self._drain()  # so that nobody waits for room
+
+    def _drain(self) -> list[Record]:
+        records: list[Record] = []
+        while not self._outbox.empty():
+            records.append(self._outbox.get_nowait())
+        return records
+
+    def _obey(self, order: Order, child: Child) -> None:
+        try:
+            match order["order"]:
+                case "end":
+                    self._ending.set()
+                case "saved":
+                    child.channel.send("saved", step=order["step"])
+                case "command":
+                    child.channel.send("command", id=order["id"], command=order["command"])
+        except OSError as error:  # it is leaving, or does not listen: the driver's grace period ends that
+            log.info("an order did not reach the child of %s: %s", self._task.mark, error)
+
+
+def _unreadable() -> JobFailure:
+    return JobFailure(
+        f"the training process sent what is not a JSON message of at most {MAX_MESSAGE_BYTES} bytes",
+        code="protocol_violation",
+        hint="Training code must leave the control socket alone.",
+    )
