@@ -42,7 +42,9 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     settings = load_settings()
-    ray.init(address=wiring.ray_address(settings), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(
+        address=f"127.0.0.1:{settings.ray.port}", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+    )
     deploy.deploy(settings)
     while not stopping.is_set():
         try:

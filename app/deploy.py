@@ -21,17 +21,18 @@ def _build() -> Any:
     return http_app()
 
 
-@serve.deployment(
+class Api:
+    """One replica of the API."""
+
+
+_deployment: Any = serve.deployment(
     name="api",
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     health_check_period_s=2,
     health_check_timeout_s=10,
     graceful_shutdown_timeout_s=2,
     ray_actor_options={"num_cpus": 0, "resources": {"heliostat_control": 0.001}},
-)
-@serve.ingress(_build)
-class Api:
-    """One replica of the API."""
+)(serve.ingress(_build)(Api))
 
 
 def deploy(settings: Settings) -> None:
@@ -40,7 +41,7 @@ def deploy(settings: Settings) -> None:
         http_options={"host": settings.http.host, "port": settings.http.port, "location": "HeadOnly"},
     )
     serve.run(
-        Api.options(num_replicas=settings.http.replicas).bind(),
+        _deployment.options(num_replicas=settings.http.replicas).bind(),
         name=APPLICATION,
         route_prefix="/",
         logging_config={"enable_access_log": False},

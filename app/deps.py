@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Annotated, Any
+from typing import Annotated
 
-import orjson
-from fastapi import Depends, Header, Path, Query, Request
+from fastapi import Depends, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.db.idempotency import Once
 from app.db.repository import PageRequest
 from app.schemas.common import Text
 from app.services.access import Caller

@@ -153,7 +153,8 @@ def convert(source: str, folder: Path, template: str | None) -> dict[str, Any]:
         return answer
     told = (answer or {}).get("error", {})
     raise HeliostatError(
-        told.get("message") or f"converting {source} failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}",
+        told.get("message")
+        or f"converting {source} failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}",
         code=told.get("code", "base_model_unreadable"),
         hint=told.get("hint", "It must be a Hugging Face folder with safetensors, a GGUF file or a hub id."),
     )

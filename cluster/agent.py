@@ -3,56 +3,70 @@
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.core.job import Node
 from cluster.detect import detect
-from cluster.ports import AgentParts, NodeReport
+from cluster.ports import AgentParts, EnvironmentStore, NodeReport
 from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore
 
 
+@dataclass(frozen=True)
+class _Opened:
+    environments: EnvironmentStore
+    staging: Staging
+    offer: Node
+
+
 class NodeAgent:
-    """`open` looks at the machine; what it offers does not change while the agent lives."""
+    """Looks at the machine with the first call; what the node offers does not change while its agent lives. Every method
+    raises `InvalidRequest` or `Unavailable` while the node cannot say what it offers, and tries again when called again."""
 
     def __init__(self, name: str, wiring: Callable[[], AgentParts]) -> None:
         self._name = name
         self._wiring = wiring
+        self._opened: _Opened | None = None
+        self._opening = threading.Lock()
 
-    def open(self) -> None:
-        """Raises `InvalidRequest`, `Unavailable` when the node cannot say what it offers."""
-        parts = self._wiring()
-        self._environments = parts.environments
-        self._staging = Staging(parts.settings.root, ObjectStore(parts.settings.storage_url))
-        self._offer = detect(self._name, parts.settings)
+    def _open(self) -> _Opened:
+        with self._opening:
+            if self._opened is None:
+                parts = self._wiring()
+                staging = Staging(parts.settings.root, ObjectStore(parts.settings.storage_url))
+                self._opened = _Opened(parts.environments, staging, detect(self._name, parts.settings))
+            return self._opened
 
     def report(self) -> NodeReport:
         """Only attempts that were staged here: another Heliostat may run on the same machine."""
-        node = dataclasses.replace(self._offer, environments=self._environments.ready(), models=self._staging.models())
-        ours = frozenset(attempt for attempt in running_attempts() if self._staging.ran_here(attempt[0]))
+        here = self._open()
+        node = replace(here.offer, environments=here.environments.ready(), models=here.staging.models())
+        ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
         return NodeReport(node, ours)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]:
         """{fingerprint, prefix, python}; may take minutes. Raises `EnvironmentError_`."""
-        made = self._environments.materialize(lock)
+        made = self._open().environments.materialize(lock)
         return {"fingerprint": made.fingerprint, "prefix": str(made.prefix), "python": str(made.python)}
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         """The folder with the model. Raises `NotFound`, `Conflict` (`object_damaged`)."""
-        return str(self._staging.stage_model(prefix, sha256, files))
+        return str(self._open().staging.stage_model(prefix, sha256, files))
 
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
         """The scratch folder of the attempt, with the files (name → (key, sha256)) in it. Raises as `stage_model`."""
-        return str(self._staging.stage_attempt(job_id, attempt, files))
+        return str(self._open().staging.stage_attempt(job_id, attempt, files))
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
-        self._staging.clear_attempt(job_id, attempt)
+        self._open().staging.clear_attempt(job_id, attempt)
 
     def end_attempt(self, job_id: str, attempt: int) -> bool:
         """SIGKILLs what lives of the attempt; True when nothing does any more, and then its scratch is gone too."""
         if not end_attempt(job_id, attempt):
             return False
-        self._staging.clear_attempt(job_id, attempt)
+        self.clear_attempt(job_id, attempt)
         return True

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,8 +31,6 @@ CONTROL_RESOURCE = "heliostat_control"
 
 REPORT_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 15.0
-RETRY_AGENT_S = 30.0
-"""An agent that could not start is not tried again at once: every try is a process."""
 
 SchedulerWiring = Callable[[], SchedulerParts]
 AgentWiring = Callable[[], AgentParts]
@@ -86,9 +83,9 @@ def node_agent(node: str) -> ActorHandle[Any]:
     return _actor(agent_name(node))
 
 
-def ensure_scheduler(wiring: SchedulerWiring, agents: AgentWiring, timeout_s: float = 60.0) -> None:
-    """The scheduler's actor, made if it is not there, and its answer awaited. It makes the agents. Both wirings are
-    module-level functions. Raises `Unavailable`, `Fenced` when a scheduler of another cluster rules this database."""
+def ensure_scheduler(wiring: SchedulerWiring, timeout_s: float = 60.0) -> None:
+    """The scheduler's actor, made if it is not there, and its answer awaited.
+    Raises `Unavailable`, `Fenced` when a scheduler of another cluster rules this database."""
     actor = _schedulers.options(
         name=SCHEDULER,
         namespace=NAMESPACE,
@@ -100,7 +97,7 @@ def ensure_scheduler(wiring: SchedulerWiring, agents: AgentWiring, timeout_s: fl
         max_task_retries=0,  # callers ask for now
     )
     try:
-        scheduler = actor.remote(wiring, agents)
+        scheduler = actor.remote(wiring)
     except RayError as error:
         raise _unavailable("Ray does not make the scheduler", error) from error
     ask(scheduler.ping.remote(), timeout_s)
@@ -134,31 +131,16 @@ def _unavailable(what: str, error: Exception) -> Unavailable:
 
 
 class RayNodes:
-    """`cluster.ports.Nodes` over agents; makes the agent of every node that joins."""
-
-    def __init__(self, wiring: AgentWiring) -> None:
-        self._wiring = wiring
-        self._asked: dict[str, float] = {}  # when an agent was last asked for, where none answers
+    """`cluster.ports.Nodes` over the agents that there are."""
 
     def reports(self) -> Sequence[NodeReport]:
-        calls = {agent.report.remote(): node for node, agent in self._agents().items()}
+        calls = {agent.report.remote(): node for node, agent in _agents_there().items()}
         if not calls:
             return []
         ready, late = ray.wait(list(calls), num_returns=len(calls), timeout=REPORT_TIMEOUT_S)
         if late:
             log.warning("no report in %.0f s from nodes %s", REPORT_TIMEOUT_S, sorted(calls[call] for call in late))
         return [report for call in ready if (report := _report(call, calls[call])) is not None]
-
-    def _agents(self) -> dict[str, ActorHandle[Any]]:
-        found = {}
-        for node, gpus in our_nodes().items():
-            try:
-                found[node] = node_agent(node)
-            except Unavailable:
-                if time.monotonic() - self._asked.get(node, -RETRY_AGENT_S) >= RETRY_AGENT_S:
-                    self._asked[node] = time.monotonic()
-                    found[node] = _ensure_agent(node, gpus, self._wiring)
-        return found
 
     def end_attempt(self, node: str, job_id: str, attempt: int) -> bool | None:
         if node not in our_nodes():  # its agent waits for the node to come back, and so would the call
@@ -168,6 +150,16 @@ class RayNodes:
         except (Unavailable, RayError) as error:
             log.warning("node %s cannot say whether job %s attempt %d lives: %s", node, job_id, attempt, error)
             return None
+
+
+def _agents_there() -> dict[str, ActorHandle[Any]]:
+    found = {}
+    for node in our_nodes():
+        try:
+            found[node] = node_agent(node)
+        except Unavailable as error:  # it just joined, or its agent is being made
+            log.info("node %s has no agent: %s", node, error)
+    return found
 
 
 def _report(call: Any, node: str) -> NodeReport | None:
@@ -185,7 +177,6 @@ class AgentActor(NodeAgent):
     def __init__(self, name: str, wiring: AgentWiring) -> None:
         logging.basicConfig(level=logging.INFO)
         super().__init__(name, wiring)
-        self.open()  # here, because after a crash Ray calls nothing but the constructor
 
     @ray.method(concurrency_group="control")
     def report(self) -> NodeReport:
@@ -197,10 +188,11 @@ class AgentActor(NodeAgent):
 
 
 class SchedulerActor(Scheduler):
-    def __init__(self, wiring: SchedulerWiring, agents: AgentWiring) -> None:
+    def __init__(self, wiring: SchedulerWiring) -> None:
         logging.basicConfig(level=logging.INFO)
-        super().__init__(wiring, RayNodes(agents))
+        super().__init__(wiring, RayNodes())
         self._fenced: Fenced | None = None
+        # Started here, because after a crash Ray calls nothing but the constructor.
         threading.Thread(target=self._work, name="scheduler", daemon=True).start()
 
     def ping(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -30,36 +29,43 @@ def end_attempt(job_id: str, attempt: int, timeout_s: float = 5.0) -> bool:
 
     Killing and looking alternate, so that what was forked meanwhile is found too."""
     deadline = time.monotonic() + timeout_s
-    while living := list(_living((job_id, attempt))):
+    traces = _Traces((job_id, attempt))
+    while living := traces.living():
         for pid in living:
-            _kill(pid, (job_id, attempt))
+            traces.kill(pid)
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL_S)
     return True
 
 
-def _living(attempt: Attempt) -> Iterator[int]:
-    """Marked processes, and whatever shares a session that a marked process leads: a program may rewrite the memory
-    that /proc shows as its environment (setproctitle does), its launcher does not."""
-    for pid in _pids():
-        if _attempt_of(pid) == attempt or _attempt_of(_session(pid)) == attempt:
-            yield pid
+class _Traces:
+    """By what an attempt's processes are known: the mark, and the sessions that marked processes lead. A program may
+    rewrite the memory that /proc shows as its environment (setproctitle does); its launcher does not."""
 
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._sessions: set[int] = set()  # kept: they outlive their leaders
 
-def _kill(pid: int, attempt: Attempt) -> None:
-    """By a pidfd, looked at again: between the look and the signal the number may have come to mean another process."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if _attempt_of(pid) == attempt or _attempt_of(_session(pid)) == attempt:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it ended by itself, which is what was wanted
-    finally:
-        os.close(fd)
+    def living(self) -> list[int]:
+        pids = _pids()
+        marked = {pid for pid in pids if _attempt_of(pid) == self._attempt}
+        self._sessions |= {pid for pid in marked if _session(pid) == pid}
+        return [pid for pid in pids if pid in marked or (_session(pid) in self._sessions and _runs(pid))]
+
+    def kill(self, pid: int) -> None:
+        """By a pidfd, looked at again: between the look and the signal the number may come to mean another process."""
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            if _attempt_of(pid) == self._attempt or _session(pid) in self._sessions:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it ended by itself, which is what was wanted
+        finally:
+            os.close(fd)
 
 
 def _pids() -> list[int]:
@@ -71,6 +77,13 @@ def _session(pid: int) -> int:
         return os.getsid(pid)
     except ProcessLookupError:
         return 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _attempt_of(pid: int) -> Attempt | None:

@@ -41,6 +41,7 @@ class Scheduler:
         self._rounds = 0
         self._problem: str | None = None
         self._view: tuple[Snapshot, float] = (Snapshot(), 0.0)  # replaced whole: `state` is called from other threads
+        self._away = True  # the database, or this scheduler, was not there: see `_postpone_judgement`
         self._judge_from = 0.0
         self._changed = False
         self._missing: dict[Attempt, float] = {}  # driver not found; when first
@@ -51,7 +52,7 @@ class Scheduler:
         self._parts = self._wiring()
         self._state = ClusterState(Policy(self._parts.settings.reserve_after_s))
         self._epoch = self._parts.store.take_epoch()
-        self._postpone_judgement()
+        self._away = True
         log.info("scheduler epoch %d", self._epoch)
 
     def run(self) -> None:
@@ -64,7 +65,7 @@ class Scheduler:
                     self._parts.store.wait_for_change(self._parts.settings.poll_s)
             except Unavailable as error:
                 self._problem = error.message
-                self._postpone_judgement()
+                self._away = True
                 pause_s = min(MAX_BACKOFF_S, max(0.5, pause_s * 2))
                 log.warning("%s; trying again in %.1f s", error.message, pause_s)
             else:
@@ -79,6 +80,7 @@ class Scheduler:
         off anywhere: the next round finds the same difference. Raises `Unavailable`, `Fenced`."""
         self._changed = False
         rows = self._parts.store.rows()
+        self._postpone_judgement()
         reports = self._nodes.reports()
         self._parts.store.report_nodes(self._epoch, [report.node for report in reports])
         self._recover_lost(rows)
@@ -97,7 +99,7 @@ class Scheduler:
     def _recover_lost(self, rows: Rows) -> None:
         for job in rows.active:
             if job.state in ACTIVE:
-                with _one_job_at_a_time(job):
+                with _one_job_at_a_time(job.id, job.attempt):
                     reason = self._fault(job, rows.now)
                     if reason is not None:
                         log.warning("job %s attempt %d: %s", job.id, job.attempt, reason)
@@ -122,7 +124,9 @@ class Scheduler:
     def _postpone_judgement(self) -> None:
         """While the database was away nobody could renew a lease or record a step, and training went on: healthy
         drivers get the time of a whole lease to say so before anything counts as overdue."""
-        self._judge_from = self._clock() + self._parts.settings.lease_ttl_s
+        if self._away:
+            self._away = False
+            self._judge_from = self._clock() + self._parts.settings.lease_ttl_s
 
     def _driver_gone(self, job: ActiveJob) -> bool:
         """Two looks, so far apart that a driver that is only being moved or registered is found by the second."""
@@ -140,7 +144,7 @@ class Scheduler:
         for job in rows.active:
             if not self._never_started(job) or job.lease is None or _expired(job, rows.now, 0):
                 continue
-            with _one_job_at_a_time(job):
+            with _one_job_at_a_time(job.id, job.attempt):
                 self._start_or_adopt(job)
 
     def _start_or_adopt(self, job: ActiveJob) -> None:
@@ -163,7 +167,7 @@ class Scheduler:
         for job in rows.active:
             if job.state in ACTIVE:
                 continue
-            with _one_job_at_a_time(job):
+            with _one_job_at_a_time(job.id, job.attempt):
                 self._parts.launcher.end(job.id, job.attempt)
                 if self._confirmed_dead(job, rows.now):
                     self._parts.store.release(self._epoch, job.id, job.attempt)
@@ -206,8 +210,9 @@ class Scheduler:
             return
         self._changed = True
         self._state.apply(JobGranted(job.id, attempt, job.tenant, placement))
-        self._parts.launcher.start(job.id, attempt)
-        self._launched.add((job.id, attempt))
+        with _one_job_at_a_time(job.id, attempt):
+            self._parts.launcher.start(job.id, attempt)
+            self._launched.add((job.id, attempt))
 
     def _forget(self, rows: Rows) -> None:
         active = {(job.id, job.attempt) for job in rows.active}
@@ -252,11 +257,11 @@ def _expired(job: ActiveJob, now: float, margin_s: float) -> bool:
 
 
 @contextmanager
-def _one_job_at_a_time(job: ActiveJob) -> Iterator[None]:
+def _one_job_at_a_time(job_id: str, attempt: int) -> Iterator[None]:
     """What goes wrong with one job is logged and tried again next round; it must not stop the others."""
     try:
         yield
     except (Unavailable, Fenced):
         raise
     except HeliostatError:
-        log.exception("job %s attempt %d", job.id, job.attempt)
+        log.exception("job %s attempt %d", job_id, attempt)

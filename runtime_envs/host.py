@@ -9,7 +9,7 @@ import venv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import yaml
@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from runtime_envs.errors import BASE_CHANGED, EnvironmentProblem
 
+BASE_FILE = Path(__file__).parent / "bases" / "host.yaml"
 PLATFORM_PTH = "heliostat_platform.pth"
 
 
@@ -79,7 +80,7 @@ def load_host_base(core: tuple[str, ...] | None = None) -> HostBase:
 
 @cache
 def _declared_core() -> tuple[str, ...]:
-    text = resources.files("runtime_envs").joinpath("bases/host.yaml").read_text(encoding="utf-8")
+    text = BASE_FILE.read_text(encoding="utf-8")
     return tuple(canonicalize_name(name) for name in yaml.safe_load(text)["core"])
 
 

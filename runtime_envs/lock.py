@@ -64,17 +64,19 @@ def solve(spec_text: str, *, base: HostBase | None = None, index: PipIndex | Non
     platform = base or load_host_base()
     check_window(spec)
     check_host(spec, platform.python)
-    if spec.pip:
-        lock = _lock(platform, solve_pip(spec.pip, platform, index or machine_index()))
-    else:
-        lock = default_lock(platform)
+    packages = solve_pip(spec.pip, platform, index or machine_index()) if spec.pip else _nothing_over(platform)
+    lock = _lock(platform, packages)
     return Solved(spec, lock, fingerprint_of(lock), dependency_md5_of(lock))
 
 
 def default_lock(base: HostBase | None = None) -> dict[str, Any]:
     """The base and nothing over it: what a job without an environment trains in."""
     platform = base or load_host_base()
-    return _lock(platform, PipSolution((), platform.closure()))
+    return _lock(platform, _nothing_over(platform))
+
+
+def _nothing_over(base: HostBase) -> PipSolution:
+    return PipSolution((), base.closure())
 
 
 def _lock(base: HostBase, solution: PipSolution) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,14 +12,13 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_envs.errors import BUILD_FAILED, DAMAGED, EnvironmentProblem
 from runtime_envs.fingerprint import FINGERPRINT, fingerprint_of
+from runtime_envs.flock import held
 from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, seal, site_packages
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.lock import Lock, check_base, read_lock
@@ -28,7 +26,6 @@ from runtime_envs.uv import READABLE_UMASK, run_uv
 from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_ready, quick_verify, walk
 
 LOCK_TIMEOUT_S = 1800.0
-LOCK_POLL_S = 0.05
 COMPILE_TIMEOUT_S = 900.0
 
 
@@ -67,9 +64,11 @@ class HostEnvironments:
         check_base(parsed, base)
         home = self.path(fingerprint)
         try:
-            with _held(self._root / "locks" / f"{fingerprint}.lock") as lock_fd:
+            with held(self._root / "locks" / f"{fingerprint}.lock", LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
                     self._build(parsed, base, home, lock_fd)
+        except TimeoutError:
+            raise _failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except OSError as error:
             raise _failed(f"{error.strerror or error} ({error.filename or home})") from error
         if damaged := quick_verify(home):
@@ -113,31 +112,6 @@ def environment_folder(root: Path, fingerprint: str) -> Path:
     if not FINGERPRINT.fullmatch(fingerprint):
         raise ValueError(f"not a fingerprint: {fingerprint!r}")
     return root / "envs" / fingerprint
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[int]:
-    """A lock between processes. It is flock on a descriptor that uv inherits: when this process is killed while uv
-    still writes, the lock is held until uv has ended, and nobody clears the folder under its hands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise _failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s")
-            time.sleep(LOCK_POLL_S)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _check_seal(prefix: Path, before: tuple[str, ...]) -> None:

@@ -207,8 +207,10 @@ def _pep440(part: str) -> str:
         raise InvalidSpecifier(part)
     if not match["version"]:
         return ""
-    exact = match["operator"] not in (None, "=") and not match["star"]
-    return f"{match['operator']}{match['version']}" if exact else f"=={match['version'].rstrip('.')}.*"
+    operator, number = match["operator"] or "=", match["version"].rstrip(".")
+    if operator == "=" or (match["star"] and operator == "=="):
+        return f"=={number}.*"
+    return f"{operator}{number}.*" if match["star"] and operator == "!=" else f"{operator}{number}"
 
 
 def pip_dependency(text: str, line: int) -> Dependency:

@@ -26,6 +26,24 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 Row = dict[str, Any]
 
 
+SETTINGS = {
+    "NODE__KIND": "cpu",
+    "NODE__SLOTS": "2",
+    "TRAINING__CHECKPOINT_EVERY_S": "0.5",
+    "SCHEDULER__LEASE_TTL_S": "12",
+    "SCHEDULER__MARGIN_S": "3",
+    "SCHEDULER__POLL_S": "0.5",
+}
+
+
+def rows(count: int) -> list[Row]:
+    """Arithmetic that a tiny model can fit: enough to see a loss fall."""
+    return [
+        {"prompt": f"the colour of {n % 7} is", "completion": f" {'red' if n % 7 < 4 else 'blue'}"}
+        for n in range(count)
+    ]
+
+
 def short_folder() -> Path:
     """Ray and PostgreSQL put unix sockets below it: its path must be short."""
     return Path(tempfile.mkdtemp(prefix="ht-"))
@@ -44,7 +62,9 @@ class Service:
         ours = {f"HELIOSTAT_{key}": value for key, value in self.settings.items()}
         return {**kept, **ours, "XDG_CONFIG_HOME": str(self.data_dir / "config")}
 
-    def heliostat(self, *arguments: str, check: bool = True, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    def heliostat(
+        self, *arguments: str, check: bool = True, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
         """The `heliostat` command, as a user calls it."""
         done = subprocess.run(
             [str(BIN / "heliostat"), *arguments],

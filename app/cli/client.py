@@ -107,7 +107,9 @@ class Client:
 
     def upload(self, path: str, request: Callable[[], Mapping[str, Any]]) -> Any:
         """`request` gives data and files afresh for every attempt: a file that was sent in part starts at its beginning."""
-        return _json(self._again(lambda: self._http.post(path, timeout=httpx.Timeout(600.0, connect=10.0), **request())))
+        return _json(
+            self._again(lambda: self._http.post(path, timeout=httpx.Timeout(600.0, connect=10.0), **request()))
+        )
 
     @contextmanager
     def stream(self, path: str, **params: Any) -> Iterator[httpx.Response]:

@@ -36,12 +36,14 @@ class GlobalOptions:
     """`Given`, as options; they may stand before or after the command."""
 
     url: Annotated[str | None, typer.Option(help="Where the service is.", rich_help_panel=PANEL)] = None
-    token_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Holds the token.", rich_help_panel=PANEL)
-    ] = None
+    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="Holds the token.", rich_help_panel=PANEL)] = (
+        None
+    )
     context: Annotated[str | None, typer.Option(help="A saved service and token.", rich_help_panel=PANEL)] = None
     tenant: Annotated[str | None, typer.Option(help="Operators: act for this tenant.", rich_help_panel=PANEL)] = None
-    json: Annotated[bool, typer.Option("--json", help="JSON; streams: an object a line.", rich_help_panel=PANEL)] = False
+    json: Annotated[bool, typer.Option("--json", help="JSON; streams: an object a line.", rich_help_panel=PANEL)] = (
+        False
+    )
 
     def over(self, earlier: Given | None) -> Given:
         return Given.of(**vars(self)).over(earlier or Given())
@@ -64,7 +66,7 @@ def command(app: typer.Typer, name: str) -> Callable[[F], F]:
 
 
 def _remember_globals() -> Callable[..., None]:
-    def remember(context: typer.Context, **values: Any) -> None:
+    def remember(context: typer.Context, /, **values: Any) -> None:
         context.obj = GlobalOptions(**values).over(context.obj)
 
     return _signed(remember, "globals", _fields(GlobalOptions))
@@ -77,7 +79,7 @@ def _expanded(function: Callable[..., None]) -> Callable[..., None]:
     }
     shared = {field.name for field in dataclasses.fields(GlobalOptions)}
 
-    def run(context: typer.Context, **values: Any) -> None:
+    def run(context: typer.Context, /, **values: Any) -> None:
         given = GlobalOptions(**{key: values.pop(key) for key in shared}).over(context.obj)
         for name, kind in structures.items():
             keys = [field.name for field in dataclasses.fields(kind)]
@@ -100,7 +102,9 @@ def _run(given: Given, work: Callable[[Session], None]) -> None:
 def _fields(kind: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
     return [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hints[field.name])
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hints[field.name]
+        )
         for field in dataclasses.fields(kind)
     ]
 

@@ -80,13 +80,19 @@ class Progress:
         lines: list[RenderableType] = [head]
         if len(self.losses) > 1:
             low, high = min(self.losses), max(self.losses)
-            lines.append(Text.assemble(("loss ", "dim"), (sparkline(self.losses, 60), "green"), (f"  {high:.3g} … {low:.3g}", "dim")))
+            lines.append(
+                Text.assemble(
+                    ("loss ", "dim"), (sparkline(self.losses, 60), "green"), (f"  {high:.3g} … {low:.3g}", "dim")
+                )
+            )
         return Group(*lines)
 
     def _status(self) -> str:
         details = self.job.get("status_details") or {}
         since = details.get("since")
-        waited = f" {span(time.time() - since)}" if since and self.job["status"] in ("queued", "validating_files") else ""
+        waited = (
+            f" {span(time.time() - since)}" if since and self.job["status"] in ("queued", "validating_files") else ""
+        )
         return f"{self.job['status']}{waited}"
 
 

@@ -32,7 +32,9 @@ class Patience:
 class EventStream:
     """`read` yields events until the service closes the stream properly; `last_id` then says how far we are."""
 
-    def __init__(self, client: Client, path: str, *, lost: Callable[[str], None], patience: Patience | None = None) -> None:
+    def __init__(
+        self, client: Client, path: str, *, lost: Callable[[str], None], patience: Patience | None = None
+    ) -> None:
         self.last_id: str | None = None
         self._client = client
         self._path = path

@@ -99,6 +99,8 @@ def assignments(items: Sequence[str], option: str) -> dict[str, str]:
     for item in items:
         key, sign, value = item.partition("=")
         if not sign or not key.strip():
-            raise InvalidRequest(f"{option} {item!r} is not key=value", param=option, hint=f"for instance {option} key=value")
+            raise InvalidRequest(
+                f"{option} {item!r} is not key=value", param=option, hint=f"for instance {option} key=value"
+            )
         found[key.strip()] = value
     return found

@@ -38,8 +38,10 @@ class SqlJobStore:
         with self._database.platform() as session:
             # A shared lock: the scheduler cannot take the job away between this look and the renewal.
             job = session.scalar(select(Job).where(Job.id == job_id).with_for_update(read=True))
-            if job is None or job.attempt != attempt or job.state not in ACTIVE or not _leased(session, job_id,
-            attempt): return Heartbeat(wish=Wish(job.wish) if job is not None else Wish.CANCEL, fenced=True)
+            if job is None:
+                return Heartbeat(wish=Wish.CANCEL, fenced=True)
+            if job.attempt != attempt or job.state not in ACTIVE or not _leased(session, job_id, attempt):
+                return Heartbeat(wish=Wish(job.wish), fenced=True)
             session.execute(
                 update(Lease)
                 .where(Lease.job_id == job_id, Lease.attempt == attempt, Lease.released_at.is_(None))
@@ -83,8 +85,10 @@ class SqlJobStore:
             return
         with self._database.platform() as session:
             job = _owned(session, job_id, attempt)
-            rows = {step.step: asdict(step) for step in steps}  # one INSERT cannot touch a row twice: the last one
-            counts fixed = {"job_id": job_id, "tenant_id": job.tenant_id, "attempt": attempt}
+            rows = {
+                step.step: asdict(step) for step in steps
+            }  # an INSERT cannot touch a row twice: the last one counts
+            fixed = {"job_id": job_id, "tenant_id": job.tenant_id, "attempt": attempt}
             statement = insert(Step).values([{**fixed, **row} for row in rows.values()])
             # created_at stays: it says when a step was first reached, which is how fruitless attempts are told apart.
             renewed = {name: statement.excluded[name] for name in ("attempt", *_NUMBERS)}

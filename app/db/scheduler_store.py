@@ -50,8 +50,10 @@ class SqlSchedulerStore:
             held = {key: list(group) for key, group in groupby(leases, lambda lease: (lease.job_id, lease.attempt))}
             leased = {job_id for job_id, _ in held}
             jobs = session.scalars(
-                select(Job).where(or_(Job.state.in_([*HELD, JobState.QUEUED]),
-                Job.id.in_(leased))).order_by(Job.queued_at) ).all()
+                select(Job)
+                .where(or_(Job.state.in_([*HELD, JobState.QUEUED]), Job.id.in_(leased)))
+                .order_by(Job.queued_at)
+            ).all()
             return Rows(float(now), _waiting(jobs, leased), _active(jobs, held))
 
     def grant(self, epoch: int, job: CoreJob, placement: Placement, ttl_s: float) -> int | None:
@@ -138,15 +140,13 @@ def _lock(session: Session, job_id: str) -> Job | None:
 
 
 def _may_start(session: Session, job: Job, attempt: int) -> bool:
-    still_held = session.scalar(
-        select(func.count()).where(Lease.job_id == job.id, Lease.released_at.is_(None))
-    )
+    still_held = session.scalar(select(func.count()).where(Lease.job_id == job.id, Lease.released_at.is_(None)))
     return job.state == JobState.QUEUED and job.wish == Wish.RUN and job.attempt == attempt and not still_held
 
 
 def _kinds(session: Session, placement: Placement) -> dict[str, str]:
     found = session.execute(select(Node.name, Node.kind).where(Node.name.in_(placement.nodes)))
-    return {name: kind for name, kind in found}
+    return {row.name: row.kind for row in found}
 
 
 def _granted(placement: Placement, kinds: dict[str, str]) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def _gave_up(job: Job) -> dict[str, str | None]:
         "message": f"given up after {job.fruitless_attempts} attempts in a row without a new step or checkpoint; "
         f"the last one ended with: {job.reason}",
         "param": None,
-        "hint": "Look at the logs of the last attempt; when the cause is gone, retry: it goes on from the last
-        checkpoint.", "fixable_by": "operator",
+        "hint": "Look at the last attempt's logs; when the cause is gone, retry: it goes on from the last checkpoint.",
+        "fixable_by": "operator",
     }
 
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy import Engine, create_engine, exc, make_url, text
+from sqlalchemy.orm import Session
 
 from cluster.errors import InvalidRequest, Unavailable
 
 TENANT_ROLE = "heliostat_tenant"
+_CONFINE = text("SELECT set_config('role', :role, true), set_config('heliostat.tenant', :tenant, true)")  # SET LOCAL
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Database:
     @contextmanager
     def tenant(self, tenant_id: str) -> Iterator[Session]:
         """One transaction that sees this tenant's rows only. Raises `Unavailable`."""
-        with errors_of_the_house(), Session(self._engine, expire_on_commit=False) as session:
-            _confine(session, tenant_id)
-            with session.begin():
-                yield session
+        # `begin` refuses any statement after a commit inside the block, so nothing can run without the role.
+        with errors_of_the_house(), Session(self._engine, expire_on_commit=False) as session, session.begin():
+            session.execute(_CONFINE, {"role": TENANT_ROLE, "tenant": tenant_id})
+            yield session
 
     def ping(self) -> None:
         """Raises `Unavailable`."""
@@ -64,18 +65,6 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
-
-
-def _confine(session: Session, tenant_id: str) -> None:
-    """Sets role and tenant with every transaction of the session: one begun after a commit would else see all
-    tenants."""
-
-    @event.listens_for(session, "after_begin")
-    def _set(_session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-        connection.execute(
-            text("SELECT set_config('role', :role, true), set_config('heliostat.tenant', :tenant, true)"),
-            {"role": TENANT_ROLE, "tenant": tenant_id},
-        )
 
 
 def make_engine(dsn: str, pool: PoolSettings) -> Engine:
@@ -89,6 +78,7 @@ def make_engine(dsn: str, pool: PoolSettings) -> Engine:
         max_overflow=0,
         pool_timeout=pool.wait_s,
         pool_pre_ping=True,
+        hide_parameters=True,  # errors end up in logs, tenants' values must not
         connect_args={"connect_timeout": pool.connect_timeout_s, "options": options},
     )
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from app.auth.permissions import PLATFORM_ROLES, require
 from app.auth.verify import Identity
-from app.services.parts import Parts
 from app.db.tenants import ensure_tenant
+from app.services.parts import Parts
 from cluster.errors import Forbidden, InvalidRequest
 
 
@@ -35,9 +35,9 @@ class Caller:
             )
         return found
 
-    def may(self, permission: str) -> str:
-        """The tenant, once the permission is checked. Raises `Forbidden`."""
-        require(self.identity, permission)
+    def may(self, permission: str, ref: str | None = None) -> str:
+        """The tenant, once the permission is checked; `ref`: for one object only. Raises `Forbidden`."""
+        require(self.identity, permission, ref)
         return self.tenant
 
     def for_tenant(self, named: str | None) -> Caller:
@@ -53,11 +53,22 @@ class Caller:
             )
         return Caller(self.identity, named)
 
-    def must_be_operator(self) -> None:
-        if self.identity.role != "operator":
-            raise Forbidden(
-                "this is for operators", code="operator_required", hint="Use a token with the role `operator`."
-            )
+    def must_be(self, *roles: str) -> None:
+        """Raises `Forbidden`."""
+        require_role(self.identity, *roles)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What tells a repeated POST from a new one. `key`: the Idempotency-Key header, `body` as parsed."""
+
+    route: str
+    key: str | None
+    body: Any
+    token_id: str
+
+    def by(self, tenant: str) -> RequestKey:
+        return RequestKey(tenant, self.route, self.key, self.body, self.token_id)
 
 
 class Access:

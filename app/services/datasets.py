@@ -113,7 +113,7 @@ class DatasetService:
 
     def delete(self, caller: Caller, ref: str) -> str:
         """The rows go at once; the number of the version is not used again. Raises `Conflict` while a job needs it."""
-        tenant = caller.may("dataset:delete")
+        tenant = caller.may("dataset:delete", ref)
         with self._parts.database.tenant(tenant) as session:
             row = Repository(session, tenant).dataset(ref)
             session.refresh(row, with_for_update=True)  # a job that is being created holds it: wait and see that job
@@ -128,7 +128,7 @@ class DatasetService:
         return dataset_id
 
     def _row(self, caller: Caller, ref: str) -> DatasetRow:
-        tenant = caller.may("dataset:read")
+        tenant = caller.may("dataset:read", ref)
         with self._parts.database.tenant(tenant) as session:
             return Repository(session, tenant).dataset(ref)
 

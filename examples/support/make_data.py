@@ -13,40 +13,44 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SEED = 2026
 VALIDATION_PER_QUEUE = 15
-ASIDE_SHARE = 0.75
-"""Share of the messages that get a sentence about another queue's subject."""
-
-ASIDE_PREFIX = "aside "
+ASIDE_SHARE = 0.8
+"""Share of the messages that open with a sentence about another queue's subject."""
+CLOSING_SHARE = 0.8
+"""Share of the messages that end by saying outright what they are about."""
+VALIDATION_CLOSINGS = 4
 
 Row = dict[str, list[dict[str, str]]]
+Texts = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Sources:
     """Hand-written texts by queue, in the order of the file."""
 
-    messages: dict[str, list[str]]
-    asides: dict[str, list[str]]
+    messages: Texts
+    closings: Texts
+    asides: Texts
 
 
 def read_sources(path: Path = HERE / "messages.txt") -> Sources:
-    sections: dict[str, list[str]] = {}
+    kinds: dict[str, Texts] = {"message": {}, "closing": {}, "aside": {}}
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
-            lines = sections.setdefault(line.strip("[]"), [])
+            kind, _, queue = line.strip("[]").rpartition(" ")
+            lines = kinds[kind or "message"].setdefault(queue, [])
         elif line and not line.startswith("#"):
             lines.append(line)
-    asides = {name.removeprefix(ASIDE_PREFIX): texts for name, texts in sections.items() if name.startswith(ASIDE_PREFIX)}
-    return Sources({name: texts for name, texts in sections.items() if not name.startswith(ASIDE_PREFIX)}, asides)
+    return Sources(kinds["message"], kinds["closing"], kinds["aside"])
 
 
-def with_aside(message: str, queue: str, asides: dict[str, list[str]], rng: random.Random) -> str:
-    """The message, in ASIDE_SHARE of the cases with a sentence before or after it that mentions another queue's subject."""
-    if rng.random() >= ASIDE_SHARE:
-        return message
-    aside = rng.choice(asides[rng.choice([name for name in asides if name != queue])])
-    return f"{aside} {message}" if rng.random() < 0.5 else f"{message} {aside}"
+def compose(message: str, closings: list[str], asides: list[str], rng: random.Random) -> str:
+    parts = [message]
+    if rng.random() < ASIDE_SHARE:
+        parts.insert(0, rng.choice(asides))
+    if rng.random() < CLOSING_SHARE:
+        parts.append(rng.choice(closings))
+    return " ".join(parts)
 
 
 def make_row(text: str, queue: str, queues: list[str]) -> Row:
@@ -59,20 +63,26 @@ def make_row(text: str, queue: str, queues: list[str]) -> Row:
     }
 
 
+def split(texts: list[str], held_out: int, rng: random.Random) -> tuple[list[str], list[str]]:
+    shuffled = rng.sample(texts, len(texts))
+    return shuffled[held_out:], shuffled[:held_out]
+
+
 def make_splits(seed: int = SEED) -> tuple[list[Row], list[Row]]:
-    """(train, validation). No hand-written message is in both."""
+    """(train, validation). No message and no closing is in both."""
     rng = random.Random(seed)
     sources = read_sources()
     queues = list(sources.messages)
-    train: list[Row] = []
-    validation: list[Row] = []
-    for queue, messages in sources.messages.items():
-        for number, message in enumerate(rng.sample(messages, len(messages))):
-            split = validation if number < VALIDATION_PER_QUEUE else train
-            split.append(make_row(with_aside(message, queue, sources.asides, rng), queue, queues))
-    rng.shuffle(train)
-    rng.shuffle(validation)
-    return train, validation
+    splits: tuple[list[Row], list[Row]] = ([], [])
+    for queue in queues:
+        asides = [text for other in queues if other != queue for text in sources.asides[other]]
+        messages = split(sources.messages[queue], VALIDATION_PER_QUEUE, rng)
+        closings = split(sources.closings[queue], VALIDATION_CLOSINGS, rng)
+        for rows, own, ends in zip(splits, messages, closings, strict=True):
+            rows.extend(make_row(compose(text, ends, asides, rng), queue, queues) for text in own)
+    for rows in splits:
+        rng.shuffle(rows)
+    return splits
 
 
 def to_jsonl(rows: list[Row]) -> str:

@@ -20,11 +20,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from builders_llama import make_tiny_llama  # noqa: E402
-from heliostat_service import Service, ended, short_folder, started, upload  # noqa: E402
+from heliostat_service import SETTINGS, Service, ended, rows, short_folder, started, upload  # noqa: E402
 from kills import STEPS, TARGETS, check_same, run_undisturbed, run_with_kill  # noqa: E402
 
 from benchmarks.hardware import hardware  # noqa: E402
-from tests.integration.conftest import SETTINGS, rows  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "drills" / "kills.jsonl"
 

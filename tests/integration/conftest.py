@@ -7,21 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders_llama import make_tiny_llama
-from heliostat_service import Row, Service, ended, started
-
-SETTINGS = {
-    "NODE__KIND": "cpu",
-    "NODE__SLOTS": "2",
-    "TRAINING__CHECKPOINT_EVERY_S": "0.5",
-    "SCHEDULER__LEASE_TTL_S": "12",
-    "SCHEDULER__MARGIN_S": "3",
-    "SCHEDULER__POLL_S": "0.5",
-}
-
-
-def rows(count: int) -> list[Row]:
-    """Arithmetic that a tiny model can fit: enough to see a loss fall."""
-    return [{"prompt": f"the colour of {n % 7} is", "completion": f" {'red' if n % 7 < 4 else 'blue'}"} for n in range(count)]
+from heliostat_service import SETTINGS, Service, ended, started
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from heliostat_service import Service, events, explain_failure, submit, upload, wait_done
+from heliostat_service import Service, events, explain_failure, rows, submit, upload, wait_done
 from kills import losses
-
-from tests.integration.conftest import rows
 
 pytestmark = pytest.mark.integration
 
@@ -74,7 +72,9 @@ def test_full_training_continues_nothing_half_and_is_told_as_a_stream(service: S
         hyperparams={"lr": 1e-3, "batch_size": 8, "max_steps": 5},
     )
     numbers = []
-    with client.stream("GET", f"/finetune/{job_id}/events", headers={"accept": "text/event-stream"}, timeout=180) as lines:
+    with client.stream(
+        "GET", f"/finetune/{job_id}/events", headers={"accept": "text/event-stream"}, timeout=180
+    ) as lines:
         for line in lines.iter_lines():
             if line.startswith("id:"):
                 numbers.append(int(line.removeprefix("id:")))

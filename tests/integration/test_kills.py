@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from heliostat_service import Service, upload
+from heliostat_service import Service, rows, upload
 from kills import StepLoss, check_same, run_undisturbed, run_with_kill
-
-from tests.integration.conftest import rows
 
 pytestmark = pytest.mark.integration
 
@@ -18,8 +16,6 @@ def undisturbed(service: Service) -> list[StepLoss]:
 
 
 @pytest.mark.parametrize(("target", "step"), [("child", 12), ("driver", 25), ("postgres", 40)])
-def test_a_killed_part_changes_no_number(
-    service: Service, undisturbed: list[StepLoss], target: str, step: int
-) -> None:
+def test_a_killed_part_changes_no_number(service: Service, undisturbed: list[StepLoss], target: str, step: int) -> None:
     _, disturbed = run_with_kill(service, target, step)
     check_same(undisturbed, disturbed)

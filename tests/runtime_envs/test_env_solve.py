@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,8 +81,6 @@ def test_no_path_and_no_decoration_in_a_reason(index: PipIndex) -> None:
 
 
 def test_source_distributions_are_never_built(index: PipIndex, tmp_path: Path) -> None:
-    import tarfile
-
     folder = tmp_path / "sources"
     (folder / "evil-1.0").mkdir(parents=True)
     (folder / "evil-1.0" / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -89,12 +90,27 @@ def test_source_distributions_are_never_built(index: PipIndex, tmp_path: Path) -
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_that_does_not_answer(tmp_path: Path) -> None:
-    index = PipIndex(index_url="http://me:secret@127.0.0.1:9/simple", cache_dir=tmp_path)
-    with pytest.raises(EnvironmentProblem) as caught:
-        solve(environment_yml("greeter"), index=index)
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(400)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def test_an_index_that_does_not_answer_as_it_should(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        index = PipIndex(index_url=f"http://me:secret@127.0.0.1:{server.server_port}/simple", cache_dir=tmp_path)
+        with pytest.raises(EnvironmentProblem) as caught:
+            solve(environment_yml("greeter"), index=index)
+        server.shutdown()
     assert (caught.value.code, caught.value.fixable_by) == (INDEX_FAILED, "operator")
-    assert "secret" not in caught.value.message
+    assert "400" in caught.value.message and "secret" not in caught.value.message
+
+
+def test_naming_what_the_base_has_is_the_default_environment(index: PipIndex) -> None:
+    assert solve(environment_yml("torch", "transformers>=4.45"), index=index).lock == default_lock()
 
 
 def test_the_fingerprint_is_of_the_contents(index: PipIndex) -> None:

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Position:
 
     step: int = 0
     evaluated_step: int = -1
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Store:
     def folder(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
-    def write(self, position: Position, model: Any, engine: Engine, metrics: dict[str, Any]) -> Written | None:
+    def write(self, position: Position, model: Any, engine: Engine) -> Written | None:
         """Called by all ranks together; what was written, on rank 0."""
         target = self.folder / f"step-{position.step:08d}"
         first = self.world.rank == 0
@@ -65,7 +66,7 @@ class Store:
         flush(own)
         if first:
             save_model(model, temporary)
-            state = {"format": FORMAT, "identity": self.identity, "world_size": self.world.size, "metrics": metrics}
+            state = {"format": FORMAT, "identity": self.identity, "world_size": self.world.size}
             (temporary / STATE_FILE).write_text(json.dumps({**state, **asdict(position)}, indent=1), encoding="utf-8")
         self.world.barrier()
         hashes = publish(temporary, target) if first else {}
@@ -84,7 +85,7 @@ class Store:
             raise _unreadable(folder, "it belongs to a run with other data, hyperparameters or world size")
         engine.load_state(rank["engine"])
         _restore_random(rank["random"])
-        return Position(state["step"], state["evaluated_step"])
+        return Position(state["step"], state["evaluated_step"], state["metrics"])
 
     def prune(self, durable: int) -> None:
         """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay."""

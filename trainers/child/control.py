@@ -91,7 +91,7 @@ class Control:
             else:
                 self.save()
             if action == STOP:
-                self.state = "finished"
+                self.state, self._parked = "finished", False
             self._answer(command)
             if action == STOP:
                 self.close()

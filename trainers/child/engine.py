@@ -87,7 +87,7 @@ class ZeroEngine:
     """ZeRO-2: each rank holds the optimizer state and the masters of its part of the parameters."""
 
     def __init__(self, loss: SummedLoss, config: TrainConfig, world: World, micro_batch_size: int) -> None:
-        deepspeed = load_deepspeed()
+        deepspeed = load_deepspeed(config.devices)
         trainable = [p for p in loss.parameters() if p.requires_grad]
         self._world = world
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -120,12 +120,12 @@ class ZeroEngine:
         _copy_all(self._optimizer.single_partition_of_fp32_groups, state["masters"])
 
 
-def load_deepspeed() -> Any:
+def load_deepspeed(devices: str) -> Any:
     """Imports DeepSpeed, and tells it not to compile its shared-memory op (minutes, and a compiler)."""
     deepspeed = importlib.import_module("deepspeed")
     ops = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if devices == "cuda" else "gloo", verbose=False)
     return deepspeed
 
 

@@ -23,6 +23,7 @@ def publish(temporary: Path, folder: Path) -> dict[str, str]:
     """Checks what lies in `temporary`, flushes it and names it; {file: sha256} of what was read back from disk."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     for path in files:
+        path.chmod(0o644)  # safetensors makes its files readable by their owner only
         flush(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as weights:

@@ -5,6 +5,7 @@ are not there yet or no more. Leaves, with all of its tree, when its socket ends
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -42,7 +43,7 @@ class Rank:
 class Launcher:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._ranks: list[Rank] = []
+        self._ranks: dict[int, Rank] = {}
         self._state = "starting"
         self._step = 0
         self._pending: dict[Any, str] = {}
@@ -64,7 +65,7 @@ class Launcher:
                     self._from_rank(key.data)
 
     def end_ranks(self) -> None:
-        for rank in self._ranks:
+        for rank in list(self._ranks.values()):
             os.kill(rank.pid, signal.SIGKILL)
 
     def _leave_on_hangup(self) -> None:
@@ -80,8 +81,8 @@ class Launcher:
             self._start(message["config"])
         elif message["type"] == "command":
             self._command(message)
-        elif self._ranks:
-            self._ranks[0].channel.send(**message)
+        else:
+            self._tell(0, message)
 
     def _start(self, fields: dict[str, Any]) -> None:
         self._state = "loading"
@@ -90,6 +91,8 @@ class Launcher:
         except TypeError as error:
             self._fail("config_invalid", f"The configuration is not understood: {error}")
             return
+        if config.devices == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if config.world_size > 1:
             os.environ["MASTER_PORT"] = str(_free_port())
         for number in range(config.world_size):
@@ -105,7 +108,7 @@ class Launcher:
             self._become_rank(config, number, theirs, parent)
         theirs.close()
         rank = Rank(number, pid, ours)
-        self._ranks.append(rank)
+        self._ranks[number] = rank
         self._selector.register(ours, selectors.EVENT_READ, rank)
 
     def _become_rank(self, config: TrainConfig, number: int, wire: Channel, parent: int) -> None:
@@ -113,10 +116,12 @@ class Launcher:
         code = 1
         try:
             _die_with(parent)
-            for other in [self._channel, *(rank.channel for rank in self._ranks)]:
+            for other in [self._channel, *(rank.channel for rank in self._ranks.values())]:
                 other.close()
             os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(config.world_size))
-            from trainers.child.rank import run_rank  # loaded already; here because the launcher says hello without torch
+            from trainers.child.rank import (
+                run_rank,  # loaded already; here because the launcher says hello without torch
+            )
 
             run_rank(config, number, config.world_size, wire)
             code = 0
@@ -128,7 +133,7 @@ class Launcher:
             os._exit(code)
 
     def _command(self, message: Message) -> None:
-        if not self._ranks or self._state in ("finished", "failed"):
+        if 0 not in self._ranks or self._state in ("finished", "failed"):
             if message["command"] == "stop" and self._state == "starting":
                 self._state = "finished"
             self._answer(message["id"], message["command"])
@@ -139,15 +144,21 @@ class Launcher:
             self.end_ranks()
         else:
             self._pending[message["id"]] = message["command"]
-            self._ranks[0].channel.send(**message)
+            self._tell(0, message)
+
+    def _tell(self, number: int, message: Message) -> None:
+        """A rank that is ending cannot be told; its end of file is dealt with when it comes."""
+        if number in self._ranks:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._ranks[number].channel.send(**message)
 
     def _from_rank(self, rank: Rank) -> None:
         message = rank.channel.receive()
         if message is None:
             self._gone(rank)
         elif message["type"] == "release":
-            for other in self._ranks[1:]:
-                other.channel.send(**message)
+            for number in set(self._ranks) - {0}:
+                self._tell(number, message)
         elif message["type"] == "failed":
             if self._state not in ("finished", "failed"):
                 self._state = "failed"
@@ -170,7 +181,7 @@ class Launcher:
         self._selector.unregister(rank.channel)
         rank.channel.close()
         _, status = os.waitpid(rank.pid, 0)
-        self._ranks.remove(rank)
+        del self._ranks[rank.number]
         if status != 0 and self._state not in ("finished", "failed"):
             code = os.waitstatus_to_exitcode(status)
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
@@ -212,8 +223,6 @@ def _versions() -> dict[str, Any]:
     import torch
     import transformers
 
-    import trainers.child.rank
-    import trainers.child.recipes.sft
 
     return {
         "pid": os.getpid(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812  (torch's own convention)
+from torch.nn import functional as F
 
 from trainers.child.data import IGNORED, Example
 

@@ -54,7 +54,7 @@ def _with_launcher(config: dict[str, Any]) -> int:
     ours, theirs = pair()
     environment = {**os.environ, FD_VARIABLE: str(theirs.fileno())}
     command = [sys.executable, "-m", "trainers.child.launcher"]
-    child = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),))
+    child = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),), stdout=sys.stderr)
     theirs.close()
     ours.send("start", config=config)
     code = 1

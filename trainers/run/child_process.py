@@ -18,7 +18,15 @@ from trainers.run.parts import WorkerTask
 
 SHIPPED = ("__init__.py", "protocol.py", "config.py", "child")
 LAUNCHER = ("-m", "trainers.child.launcher")
-WRITABLE = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME")
+WRITABLE = (
+    "HOME",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "MPLCONFIGDIR",
+    "HF_HOME",
+)
 """Libraries write into these; each gets a folder of the attempt's own."""
 
 

@@ -14,8 +14,8 @@ from trainers.run.ports import DriverStore
 GIB = 1024**3
 Record = dict[str, Any]
 """One thing that a worker tells its driver: a message of the child (`trainers.protocol`) or the worker's own: `spawned`,
-`stored` {step, prefix, files, metrics}, `artifact` {step, prefix, files, metrics}, `lost` {exit_code, signal, log_tail};
-each with `at`, the worker's clock."""
+`stored` {step, prefix, files, metrics}, `artifact` {step, prefix, files, metrics}, `stopped`, `lost` {exit_code, signal};
+each with `at`, the worker's clock; what ends an attempt with `log_tail`, the last lines that the child printed."""
 
 Order = dict[str, Any]
 """What the driver tells a worker: {order: command, id, command}, {order: saved, step}, {order: end}."""
@@ -38,8 +38,7 @@ class DriverSettings:
     checkpoint_every_s: float = 60.0
     exact_match_rows: int = 200
     stop_grace_s: float = 120.0
-    """From the order to checkpoint and stop until the child is killed."""
-    cancel_grace_s: float = 5.0
+    """From the order to write a checkpoint and stop until the child is killed."""
     relay_s: float = 0.5
     """How often a worker speaks to its driver: steps travel in batches, orders in the answers."""
     max_output_bytes: int = 256 * GIB

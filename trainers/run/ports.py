@@ -95,7 +95,14 @@ class DriverStore(Protocol):
         ...
 
     def event(
-        self, job_id: str, attempt: int, type: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+        self,
+        job_id: str,
+        attempt: int,
+        type: str,
+        message: str,
+        *,
+        level: str = "info",
+        data: dict[str, Any] | None = None,
     ) -> None: ...
 
     def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
@@ -107,7 +114,13 @@ class DriverStore(Protocol):
     ) -> None: ...
 
     def finish(
-        self, job_id: str, attempt: int, prefix: str, files: dict[str, str], metrics: dict[str, Any], lineage: dict[str, Any]
+        self,
+        job_id: str,
+        attempt: int,
+        prefix: str,
+        files: dict[str, str],
+        metrics: dict[str, Any],
+        lineage: dict[str, Any],
     ) -> str:
         """archiving → succeeded, with the model version, in one transaction; `<name>@<version>`. Again: the same answer."""
         ...

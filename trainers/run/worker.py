@@ -28,7 +28,6 @@ FINGERPRINT_VARIABLE = "HELIOSTAT_ENV_FINGERPRINT"
 
 _LISTEN_S = 0.5
 _LEAVE_S = 10.0
-_TERMINAL = ("artifact", "failed", "lost")
 _UPLOAD_TRIES = 4
 
 
@@ -58,61 +57,67 @@ class Worker:
         self._outbox: queue.Queue[Record] = queue.Queue(maxsize=10_000)
         self._ending = threading.Event()
         self._finished = threading.Event()
-        self._told_end = False
+        self._end: Record | None = None
 
     def run(self) -> None:
-        """Returns when the child has ended and the driver knows how. Raises `DriverGone`."""
+        """Returns when the child has ended, and the driver knows how or is gone."""
         child = self._spawn(self._task)
-        logs = ChildLogs(self._storage, self._log_prefix(), child.logs, self._task.settings.max_log_bytes)
-        logs.start()
+        self._logs = ChildLogs(self._storage, self._log_prefix(), child.logs, self._task.settings.max_log_bytes)
+        self._logs.start()
         relay = threading.Thread(target=self._relay, args=(child,), name="relay", daemon=True)
         relay.start()
         uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         try:
-            self._converse(child, logs, uploads)
+            self._converse(child, uploads)
         finally:
             child.channel.close()
             code = child.end(0.0 if self._ending.is_set() else _LEAVE_S)
             uploads.shutdown(wait=True)
-            logs.close()
-            self._report_lost(code, logs)
+            self._logs.close()
+            self._report_end(code)
             self._finished.set()
             relay.join()
 
     def _log_prefix(self) -> str:
         return f"{self._task.prefix}/jobs/{self._task.job_id}/logs/a{self._task.attempt}/r0"
 
-    def _converse(self, child: Child, logs: ChildLogs, uploads: ThreadPoolExecutor) -> None:
+    def _converse(self, child: Child, uploads: ThreadPoolExecutor) -> None:
         self._tell("spawned")
         try:
             child.channel.send("start", config=self._task.config)
             self._listen(child, uploads)
         except JobFailure as failure:
-            self._tell("failed", **failure.as_dict(), log_tail=logs.tail())
+            self._conclude({"type": "failed", **failure.as_dict()})
         except BrokenPipeError:
             pass  # it was dead before it heard us; its exit code says more
 
     def _listen(self, child: Child, uploads: ThreadPoolExecutor) -> None:
-        """Until end of file, or until told to end. Raises `JobFailure` for a child that breaks the protocol."""
-        while not self._ending.is_set():
+        """Until the child's last word, end of file, or an order to end. Raises `JobFailure` for a child that breaks the
+        protocol."""
+        last = False
+        while not last and not self._ending.is_set():
             try:
                 message = child.channel.receive(_LISTEN_S)
             except TimeoutError:
                 continue
             except ValueError:
                 raise _unreadable() from None
-            if message is None:
-                return
-            self._hear(checked(message), uploads)
+            last = message is None or self._hear(checked(message), uploads)
 
-    def _hear(self, message: Record, uploads: ThreadPoolExecutor) -> None:
+    def _hear(self, message: Record, uploads: ThreadPoolExecutor) -> bool:
+        """Whether this was the child's last word."""
         kind = message["type"]
         if kind == "checkpoint":
             uploads.submit(self._store_checkpoint, message)
-            return
-        self._put(message)
+        elif kind == "failed":
+            self._conclude(message)
+        elif _is_stop(message):
+            self._conclude({"type": "stopped"})
+        else:
+            self._put(message)
         if kind == "finished":
             uploads.submit(self._store_artifact, message)
+        return kind in ("failed", "finished") or _is_stop(message)
 
     def _store_checkpoint(self, message: Record) -> None:
         task, step = self._task, message["step"]
@@ -129,11 +134,22 @@ class Worker:
             files = self._upload_patiently(folder, message["sha256"], prefix)
         except HeliostatError as error:
             if isinstance(error, JobFailure) or kind == "artifact":
-                self._tell("failed", **error.as_dict())
+                self._conclude({"type": "failed", **error.as_dict()})
+                self._ending.set()
             else:
                 self._tell("log", level="warning", message=f"{error.message}; training goes on")
             return
-        self._tell(kind, step=message["step"], prefix=prefix, files=files, metrics=message["metrics"])
+        record = {
+            "type": kind,
+            "step": message["step"],
+            "prefix": prefix,
+            "files": files,
+            "metrics": message["metrics"],
+        }
+        if kind == "artifact":
+            self._conclude(record)
+        else:
+            self._put(record)
 
     def _upload_patiently(self, folder: str, sha256: dict[str, str], prefix: str) -> dict[str, str]:
         for attempt in range(_UPLOAD_TRIES):
@@ -145,17 +161,20 @@ class Worker:
                 break
         raise Unavailable(f"storage did not take {prefix}: {reason}", code="storage_unavailable", fixable_by="nobody")
 
-    def _report_lost(self, code: int, logs: ChildLogs) -> None:
-        if not self._told_end:
-            signal = -code if code < 0 else None
-            self._tell("lost", exit_code=code, signal=signal, log_tail=logs.tail())
+    def _conclude(self, end: Record) -> None:
+        """How the attempt ended: the first word counts. The driver hears it when everything else is stored."""
+        if self._end is None:
+            self._end = end
+
+    def _report_end(self, code: int) -> None:
+        lost = {"type": "lost", "exit_code": code, "signal": -code if code < 0 else None}
+        self._put({**(self._end or lost), "log_tail": self._logs.tail()})
 
     def _tell(self, kind: str, **fields: Any) -> None:
         self._put({"type": kind, **fields})
 
     def _put(self, record: Record) -> None:
         """Waits when the driver is held up by its database: that holds up the child, in the end."""
-        self._told_end = self._told_end or record["type"] in _TERMINAL
         self._outbox.put({**record, "at": time.time()})
 
     def _relay(self, child: Child) -> None:
@@ -191,6 +210,11 @@ class Worker:
                     child.channel.send("command", id=order["id"], command=order["command"])
         except OSError as error:  # it is leaving, or does not listen: the driver's grace period ends that
             log.info("an order did not reach the child of %s: %s", self._task.mark, error)
+
+
+def _is_stop(message: Record) -> bool:
+    """Its checkpoint, if there was anything to keep, came before."""
+    return bool(message["type"] == "ack" and message["command"] == "stop")
 
 
 def _unreadable() -> JobFailure:

@@ -42,7 +42,9 @@ def _place(source: str) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         if source.startswith(("/", ".", "~")) or source.endswith(".gguf"):
-            raise HostProblem(f"there is no file or folder {source}", code="no_such_path", hint="a hub id has no leading / or .")
+            raise HostProblem(
+                f"there is no file or folder {source}", code="no_such_path", hint="a hub id has no leading / or ."
+            )
         return source
     return str(path.resolve())
 

@@ -34,7 +34,8 @@ def ls(session: Session) -> None:
     ]
     rows = [("*" if row["current"] else "", row["name"], row["url"], row["tenant"]) for row in data]
     session.out.show(
-        {"object": "list", "data": data, "file": str(contexts_file())}, lambda: table(("", "name", "url", "tenant"), rows)
+        {"object": "list", "data": data, "file": str(contexts_file())},
+        lambda: table(("", "name", "url", "tenant"), rows),
     )
 
 

@@ -67,7 +67,9 @@ def upload(
 
 def default_name(file: Path) -> str:
     """The file's name as a reference: small letters, digits, dots, dashes, underscores."""
-    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in file.stem.lower())
+    kept = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in file.stem.lower()
+    )
     return kept.strip("._-")[:64] or "dataset"
 
 

@@ -58,7 +58,9 @@ class Where:
     nodes: Annotated[int | None, typer.Option(min=1, rich_help_panel=RUN)] = None
     mem_limit_gb: Annotated[float | None, typer.Option(help="GiB per GPU, at most.", rich_help_panel=RUN)] = None
     market: Annotated[str | None, typer.Option(help="any, on_demand, spot.", rich_help_panel=RUN)] = None
-    max_runtime: Annotated[str | None, typer.Option(metavar="H", help="Hours, or 90m, 24h.", rich_help_panel=RUN)] = None
+    max_runtime: Annotated[str | None, typer.Option(metavar="H", help="Hours, or 90m, 24h.", rich_help_panel=RUN)] = (
+        None
+    )
     priority: Annotated[str | None, typer.Option(help="urgent, high, normal, low.", rich_help_panel=RUN)] = None
     env: Annotated[str | None, typer.Option(help="Environment.", rich_help_panel=RUN)] = None
 
@@ -85,13 +87,20 @@ def finetune(session: Session, how: How, what: What, where: Where) -> None:
     client = session.client()
     if how.dry_run:
         estimate = client.post("/finetune/estimate", body)
-        session.out.show(estimate, lambda: pairs((key.replace("_", " "), cell(value)) for key, value in estimate.items()))
+        session.out.show(
+            estimate, lambda: pairs((key.replace("_", " "), cell(value)) for key, value in estimate.items())
+        )
         return
     job = client.post("/finetune", body)
     if how.watch:
         watch.follow(session, job)
         return
-    session.out.show(job, lambda: pairs([("job", job["id"]), ("status", job["status"]), ("look on", f"heliostat jobs watch {job['id']}")]))
+    session.out.show(
+        job,
+        lambda: pairs(
+            [("job", job["id"]), ("status", job["status"]), ("look on", f"heliostat jobs watch {job['id']}")]
+        ),
+    )
 
 
 def body_of(what: What, where: Where) -> dict[str, Any]:
@@ -123,7 +132,9 @@ def body_of(what: What, where: Where) -> dict[str, Any]:
 
 def _base(what: What) -> str | None:
     if what.from_ and what.base_model:
-        raise InvalidRequest("--from and --base-model both say what to start from", param="--from", hint="give one of them")
+        raise InvalidRequest(
+            "--from and --base-model both say what to start from", param="--from", hint="give one of them"
+        )
     return what.from_ or what.base_model
 
 
@@ -135,7 +146,9 @@ def gpus_of(text: str | None) -> dict[str, Any]:
     if names.isdigit():
         names, count = "", names
     if count and not (count.isdigit() and int(count) > 0):
-        raise InvalidRequest(f"--gpus {text!r} does not end in a number", param="--gpus", hint="write A100:8, A100 or 8")
+        raise InvalidRequest(
+            f"--gpus {text!r} does not end in a number", param="--gpus", hint="write A100:8, A100 or 8"
+        )
     kinds = [name.strip() for name in names.split(",") if name.strip()]
     found: dict[str, Any] = {"gpu_type": kinds[0] if len(kinds) == 1 else kinds} if kinds else {}
     return {**found, "num_gpus": int(count)} if count else found
@@ -154,7 +167,9 @@ def _from_file(file: Path | None) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{file} is not YAML: {error}", param="--file") from error
     if not isinstance(body, dict):
-        raise InvalidRequest(f"{file} holds no mapping", param="--file", hint="it is the body of POST /api/v1/finetune as YAML")
+        raise InvalidRequest(
+            f"{file} holds no mapping", param="--file", hint="it is the body of POST /api/v1/finetune as YAML"
+        )
     return body
 
 
@@ -171,4 +186,6 @@ def _check(body: dict[str, Any]) -> None:
     """What no request can do without; everything else is the service's to judge."""
     for field, option in (("base_model", "--base-model"), ("dataset_id", "--dataset")):
         if not body.get(field):
-            raise InvalidRequest(f"{option} is missing", param=field, hint="`heliostat base-model ls`, `heliostat dataset ls`")
+            raise InvalidRequest(
+                f"{option} is missing", param=field, hint="`heliostat base-model ls`, `heliostat dataset ls`"
+            )

@@ -27,7 +27,9 @@ def ls(
 ) -> None:
     """Jobs, newest first."""
     rows = session.client().pages("/finetune", limit, status=status, sort=sort)
-    session.out.show({"object": "list", "data": rows}, lambda: table(JOB_COLUMNS, map(job_row, rows), empty="no jobs yet"))
+    session.out.show(
+        {"object": "list", "data": rows}, lambda: table(JOB_COLUMNS, map(job_row, rows), empty="no jobs yet")
+    )
 
 
 @command(app, "show")

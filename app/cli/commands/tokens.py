@@ -44,7 +44,9 @@ def create(session: Session, wanted: Wanted) -> None:
         return
     _write_private(wanted.out, made.pop("token"))
     made["file"] = str(wanted.out)
-    session.out.show(made, lambda: pairs([("token in", wanted.out), ("id", made.get("id")), ("role", made.get("role"))]))
+    session.out.show(
+        made, lambda: pairs([("token in", wanted.out), ("id", made.get("id")), ("role", made.get("role"))])
+    )
 
 
 def _needs_operator(session: Session, wanted: Wanted) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,9 @@ from app.cli.job_text import event_line, failure, result
 from app.cli.progress import Progress
 from app.cli.session import Session
 from app.cli.stream import EventStream
+
+REOPEN_S = 1.0
+"""A stream that was closed properly before the job's end (a service that is restarted) is opened again after so long."""
 
 TERMINAL = {"succeeded": DONE, "failed": JOB_FAILED, "cancelled": JOB_CANCELLED}
 
@@ -32,7 +36,9 @@ def follow(session: Session, job: dict[str, Any]) -> None:
 def _look_on(session: Session, job: dict[str, Any]) -> dict[str, Any]:
     client, path = session.client(), f"/finetune/{job['id']}"
     progress = Progress(job)
-    stream = EventStream(client, f"{path}/events", lost=lambda why: session.out.note(f"connection lost ({why}); coming back"))
+    stream = EventStream(
+        client, f"{path}/events", lost=lambda why: session.out.note(f"connection lost ({why}); coming back")
+    )
     with _screen(session, progress) as draw:
         while True:
             for event in stream.read():
@@ -41,6 +47,7 @@ def _look_on(session: Session, job: dict[str, Any]) -> dict[str, Any]:
             progress.job = client.get(path)
             if progress.job["status"] in TERMINAL:
                 return progress.job
+            time.sleep(REOPEN_S)
 
 
 def _screen(session: Session, progress: Progress) -> Any:

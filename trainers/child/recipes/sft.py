@@ -14,7 +14,7 @@ import torch
 from trainers.child.artifact import write_artifact
 from trainers.child.checkpoint import Position, Store, identity_of
 from trainers.child.control import Actions, Control
-from trainers.child.data import Example, Plan, encode, micro_batch_size, micro_batches, read_rows
+from trainers.child.data import Encoded, Example, Plan, encode, micro_batch_size, micro_batches, read_rows
 from trainers.child.engine import Engine, make_engine
 from trainers.child.evaluate import Evaluator, Validation, make_validation
 from trainers.child.failure import TrainFailure
@@ -46,24 +46,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     session.position = position
     control.attach(Actions(session.save, store.prune), position.step)
     memory.check()
-
-    if loaded.template_added:
-        control.emit("log", level="warning", message="The base model has no chat template; ChatML is used and stored.")
-    if data.truncated:
-        control.emit("log", level="warning", message=_overlength(data.truncated, data.dropped, data.max_seq_len))
-    control.emit(
-        "ready",
-        steps=plan.steps,
-        epochs=plan.epoch(plan.steps),
-        start_step=position.step,
-        trainable_parameters=loaded.count(trainable=True),
-        parameters=loaded.count(),
-        tokens_per_epoch=sum(len(example.ids) for example in data.examples),
-        rows=len(data.examples),
-        threads=torch.get_num_threads(),
-        precision=loaded.precision,
-    )
-    control.state = "training"
+    _report_ready(control, loaded, data, plan, position.step)
     if position.step == 0:
         session.evaluate("before")
     else:
@@ -74,8 +57,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
         began = time.monotonic()
         done = trainer.step(step)
         memory.check()
-        session.position, control.step = replace(session.position, step=step), step
-        session.metrics["train_loss"] = done["loss"]
+        session.advance(step, done["loss"])
         control.emit("step", step=step, epoch=plan.epoch(step), **done, seconds=time.monotonic() - began)
         if step == plan.steps:
             control.save()
@@ -87,10 +69,34 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     control.state = "finishing"
     control.close()
     if world.rank == 0:
-        folder, hashes = write_artifact(loaded, config, session.metrics)
+        folder, hashes = write_artifact(loaded, config, session.position.metrics)
         control.state = "finished"
-        control.emit("finished", step=plan.steps, artifact=str(folder), sha256=hashes, metrics=session.metrics)
+        control.emit("finished", step=plan.steps, artifact=str(folder), sha256=hashes, metrics=session.position.metrics)
     world.barrier()
+
+
+def _report_ready(control: Control, loaded: Loaded, data: Encoded, plan: Plan, start_step: int) -> None:
+    if loaded.template_added:
+        control.emit("log", level="warning", message="The base model has no chat template; ChatML is used and stored.")
+    if data.truncated:
+        control.emit(
+            "log",
+            level="warning",
+            message=f"{data.truncated} rows are longer than {data.max_seq_len} tokens; {data.dropped} of them are left out.",
+        )
+    control.emit(
+        "ready",
+        steps=plan.steps,
+        epochs=plan.epoch(plan.steps),
+        start_step=start_step,
+        trainable_parameters=loaded.count(trainable=True),
+        parameters=loaded.count(),
+        tokens_per_epoch=sum(len(example.ids) for example in data.examples),
+        rows=len(data.examples),
+        threads=torch.get_num_threads(),
+        precision=loaded.precision,
+    )
+    control.state = "training"
 
 
 @dataclass(frozen=True)
@@ -139,10 +145,13 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.position = Position()
-        self.metrics: dict[str, Any] = {}
+
+    def advance(self, step: int, loss: float) -> None:
+        self.position = replace(self.position, step=step, metrics={**self.position.metrics, "train_loss": loss})
+        self.control.step = step
 
     def save(self) -> None:
-        written = self.store.write(self.position, self.loaded.model, self.engine, self.metrics)
+        written = self.store.write(self.position, self.loaded.model, self.engine)
         if written is not None:
             self.control.emit(
                 "checkpoint",
@@ -150,7 +159,7 @@ class _Session:
                 path=str(written.path),
                 bytes=written.bytes,
                 sha256=written.sha256,
-                metrics=self.metrics,
+                metrics=self.position.metrics,
             )
 
     def evaluate_during(self, step: int) -> None:
@@ -163,8 +172,9 @@ class _Session:
             return
         with self.control.during("evaluating"):
             fields = self.evaluator.run(self.validation)
-        self.position = replace(self.position, evaluated_step=self.position.step)
-        self.metrics.update({f"validation_{key}": fields[key] for key in ("loss", "exact_match") if key in fields})
+        measured = {f"validation_{key}": fields[key] for key in ("loss", "exact_match") if key in fields}
+        metrics = {**self.position.metrics, **measured}
+        self.position = replace(self.position, evaluated_step=self.position.step, metrics=metrics)
         self.control.emit("evaluated", step=self.position.step, when=when, **fields)
 
 
@@ -175,7 +185,3 @@ def _require_finite(what: str, value: float, step: int) -> None:
             f"The {what} of step {step} is {value}. No checkpoint holds it.",
             hint="Lower lr, raise warmup_ratio, or look for rows with broken text; resume from the last checkpoint.",
         )
-
-
-def _overlength(truncated: int, dropped: int, limit: int) -> str:
-    return f"{truncated} rows were longer than {limit} tokens; {dropped} of them were left out, the others cut."

@@ -1,0 +1,6 @@
+"""`jobs logs`."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None: ...

@@ -1,0 +1,137 @@
+"""Joins the packages: each function makes the parts of one process from the settings. Ray ships only the functions' names; files
+and variables on the node say the rest, so that no secret travels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from app.db.job_store import SqlJobStore
+from app.db.scheduler_store import SqlSchedulerStore
+from app.db.session import Database, PoolSettings
+from app.importer import ImporterParts
+from app.settings import Settings, load_settings
+from cluster.errors import EnvironmentError_, HeliostatError
+from cluster.ports import AgentParts, NodeSettings, PreparedEnvironment, SchedulerParts, SchedulerSettings
+from cluster.storage.objects import ObjectStore
+from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.lock import Solved, solve
+from runtime_envs.materialize import HostEnvironments
+from trainers.run.launch import RayDriverLauncher
+from trainers.run.parts import DriverParts, DriverSettings
+
+HTTP_STATEMENT_TIMEOUT_S = 30.0
+
+
+def database(settings: Settings, *, statement_timeout_s: float | None = None, size: int | None = None) -> Database:
+    if settings.database.dsn is None:
+        raise HeliostatError(
+            "no database is configured for this process",
+            code="database_missing",
+            hint="Processes are started by `heliostat up`, or name a server: HELIOSTAT_DATABASE__DSN.",
+        )
+    pool = PoolSettings(size=size or settings.database.pool_size, statement_timeout_s=statement_timeout_s)
+    return Database(settings.database.dsn, pool)
+
+
+def http_app() -> FastAPI:
+    """Of an API replica."""
+    from app.main import create_app  # FastAPI's routes take a second to build: only the replica needs them
+    from app.services.changes import Changes
+    from app.services.parts import Parts
+
+    settings = load_settings()
+    rows = database(settings, statement_timeout_s=HTTP_STATEMENT_TIMEOUT_S)
+
+    def solver(text: str) -> Solved:
+        return solve_environment(settings, text)
+
+    return create_app(Parts(settings, rows, ObjectStore(settings.objects_url), Changes(rows.dsn), solver))
+
+
+def scheduler_parts() -> SchedulerParts:
+    settings = load_settings()
+    times = settings.scheduler
+    store = SqlSchedulerStore(database(settings, size=3), times.max_fruitless_attempts)
+    return SchedulerParts(
+        store,
+        RayDriverLauncher(driver_parts),
+        SchedulerSettings(times.lease_ttl_s, times.margin_s, times.poll_s, times.stage_limit_s),
+    )
+
+
+def driver_parts() -> DriverParts:
+    settings = load_settings()
+    return DriverParts(
+        SqlJobStore(database(settings, size=3)),
+        DriverSettings(
+            storage_url=settings.objects_url,
+            lease_ttl_s=settings.scheduler.lease_ttl_s,
+            checkpoint_every_s=settings.training.checkpoint_every_s,
+            exact_match_rows=settings.training.exact_match_rows,
+        ),
+    )
+
+
+def agent_parts() -> AgentParts:
+    settings = load_settings()
+    node = settings.node
+    return AgentParts(
+        NodeEnvironments(settings.node_root, pip_index(settings)),
+        NodeSettings(settings.node_root, settings.objects_url, node.kind, node.slots, node.memory_gb),
+    )
+
+
+def importer_parts() -> ImporterParts:
+    settings = load_settings()
+    return ImporterParts(database(settings, size=2), ObjectStore(settings.objects_url), settings)
+
+
+def pip_index(settings: Settings) -> PipIndex:
+    """The settings' places, else the machine's own pip configuration."""
+    if settings.pip_index_url is None and not settings.pip_find_links:
+        return machine_index()
+    return PipIndex(
+        index_url=settings.pip_index_url,
+        find_links=tuple(settings.pip_find_links),
+        offline=settings.pip_index_url is None,
+    )
+
+
+def solve_environment(settings: Settings, text: str) -> Solved:
+    """environment.yml → lock. Raises `EnvironmentError_`."""
+    try:
+        return solve(text, index=pip_index(settings))
+    except EnvironmentProblem as problem:
+        raise of_the_house(problem) from problem
+
+
+class NodeEnvironments:
+    """`cluster.ports.EnvironmentStore` over `runtime_envs`, which knows nothing of the cluster's errors."""
+
+    def __init__(self, root: Path, index: PipIndex) -> None:
+        self._environments = HostEnvironments(root, index)
+
+    def materialize(self, lock: dict[str, Any]) -> PreparedEnvironment:
+        try:
+            made = self._environments.materialize(lock)
+        except EnvironmentProblem as problem:
+            raise of_the_house(problem) from problem
+        return PreparedEnvironment(made.fingerprint, made.prefix, made.python)
+
+    def ready(self) -> frozenset[str]:
+        return self._environments.ready()
+
+
+def of_the_house(problem: EnvironmentProblem) -> EnvironmentError_:
+    where = f" (line {problem.line} of environment.yml)" if problem.line else ""
+    return EnvironmentError_(
+        problem.message + where,
+        code=problem.code,
+        param="environment",
+        hint=problem.hint,
+        fixable_by=problem.fixable_by,
+    )

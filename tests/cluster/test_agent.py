@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from fakes_cluster import NoEnvironments
+
+from cluster.agent import NodeAgent
+from cluster.errors import Conflict, NotFound, Unavailable
+from cluster.ports import AgentParts, NodeSettings
+from cluster.processes import MARK_VARIABLE
+from cluster.storage.objects import ObjectStore, folder_sha256
+
+MODEL = {"config.json": b"{}", "weights/model.safetensors": b"w" * 100_000}
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> ObjectStore:
+    return ObjectStore(str(tmp_path / "objects"))
+
+
+@pytest.fixture
+def agent(tmp_path: Path, objects: ObjectStore) -> NodeAgent:
+    return NodeAgent("n1", lambda: _parts(tmp_path))
+
+
+def _parts(tmp_path: Path) -> AgentParts:
+    settings = NodeSettings(tmp_path / "node", str(tmp_path / "objects"), kind="cpu", slots=2, memory_gb=3)
+    return AgentParts(NoEnvironments(tmp_path), settings)
+
+
+def _put_model(objects: ObjectStore, prefix: str = "models/m") -> str:
+    files = {name: objects.put_bytes(f"{prefix}/{name}", data) for name, data in MODEL.items()}
+    objects.put_bytes(f"{prefix}/manifest.json", json.dumps(files).encode())
+    return folder_sha256(files)
+
+
+def _modes(folder: Path) -> set[tuple[bool, int]]:
+    return {(path.is_dir(), path.stat().st_mode & 0o777) for path in [folder, *folder.rglob("*")]}
+
+
+def test_the_report_says_what_is_offered_and_cached(agent: NodeAgent, objects: ObjectStore) -> None:
+    sha256 = _put_model(objects)
+    agent.stage_model("models/m", sha256)
+    node = agent.report().node
+    assert (node.name, node.kind, node.slots, node.memory_gb) == ("n1", "cpu", 2, 3)
+    assert (node.environments, node.models) == ({"base"}, {sha256})
+
+
+def test_an_agent_that_cannot_open_yet_says_so_and_tries_again(tmp_path: Path) -> None:
+    answers = [Unavailable("the share is not mounted"), _parts(tmp_path)]
+
+    def wiring() -> AgentParts:
+        answer = answers.pop(0)
+        if isinstance(answer, Unavailable):
+            raise answer
+        return answer
+
+    agent = NodeAgent("n1", wiring)
+    with pytest.raises(Unavailable):
+        agent.report()
+    assert agent.report().node.name == "n1"
+    assert answers == []
+
+
+def test_an_environment_is_handed_on_as_plain_data(agent: NodeAgent, tmp_path: Path) -> None:
+    assert agent.prepare_environment({"fingerprint": "f1"}) == {
+        "fingerprint": "f1",
+        "prefix": str(tmp_path / "f1"),
+        "python": str(tmp_path / "f1/bin/python"),
+    }
+
+
+# Models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_staged_once_and_readable_by_other_users(agent: NodeAgent, objects: ObjectStore) -> None:
+    sha256 = _put_model(objects)
+    before = os.umask(0o077)
+    try:
+        folder = Path(agent.stage_model("models/m", sha256))
+    finally:
+        os.umask(before)
+    assert {name: (folder / name).read_bytes() for name in MODEL} == MODEL
+    assert _modes(folder / "weights") == {(True, 0o755), (False, 0o644)}
+    assert folder.stat().st_mode & 0o777 == 0o755
+    objects.delete_prefix("models/m")
+    assert agent.stage_model("models/m", sha256) == str(folder)
+
+
+@pytest.mark.parametrize("damage", ["unfinished", "cut", "removed"])
+def test_a_copy_that_is_not_whole_is_made_again(agent: NodeAgent, objects: ObjectStore, damage: str) -> None:
+    sha256 = _put_model(objects)
+    folder = Path(agent.stage_model("models/m", sha256))
+    weights = folder / "weights/model.safetensors"
+    if damage == "unfinished":
+        (folder / "READY").unlink()
+        weights.write_bytes(b"half")
+    elif damage == "cut":
+        weights.write_bytes(b"w")
+    else:
+        weights.unlink()
+    agent.stage_model("models/m", sha256)
+    assert weights.read_bytes() == MODEL["weights/model.safetensors"]
+
+
+def test_a_damaged_object_is_not_staged(agent: NodeAgent, objects: ObjectStore) -> None:
+    sha256 = _put_model(objects)
+    objects.put_bytes("models/m/config.json", b"[]")
+    with pytest.raises(Conflict) as caught:
+        agent.stage_model("models/m", sha256)
+    assert caught.value.code == "object_damaged"
+    assert agent.report().node.models == frozenset()
+
+
+def test_another_models_manifest_is_refused(agent: NodeAgent, objects: ObjectStore) -> None:
+    _put_model(objects)
+    with pytest.raises(Conflict):
+        agent.stage_model("models/m", "0" * 64)
+
+
+def test_a_model_that_is_not_there_is_not_found(agent: NodeAgent) -> None:
+    with pytest.raises(NotFound):
+        agent.stage_model("models/none", "0" * 64)
+
+
+def test_many_calls_at_once_make_one_copy(agent: NodeAgent, objects: ObjectStore) -> None:
+    sha256 = _put_model(objects)
+    folders: list[str] = []
+    threads = [threading.Thread(target=lambda: folders.append(agent.stage_model("models/m", sha256))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 8
+    assert len(set(folders)) == 1
+    assert {name: (Path(folders[0]) / name).read_bytes() for name in MODEL} == MODEL
+
+
+# Attempts ---------------------------------------------------------------------------------------------------------
+
+
+def _files(objects: ObjectStore) -> dict[str, tuple[str, str]]:
+    return {"data/train.jsonl": ("tenants/acme/rows", objects.put_bytes("tenants/acme/rows", b'{"text":"hi"}\n'))}
+
+
+def test_the_files_of_an_attempt_lie_in_its_scratch_and_older_ones_go(agent: NodeAgent, objects: ObjectStore) -> None:
+    first = Path(agent.stage_attempt("ftjob-1", 1, _files(objects)))
+    assert (first / "data/train.jsonl").read_bytes() == b'{"text":"hi"}\n'
+    assert _modes(first) == {(True, 0o755), (False, 0o644)}
+    second = Path(agent.stage_attempt("ftjob-1", 2, _files(objects)))
+    assert (first.exists(), (second / "data/train.jsonl").is_file()) == (False, True)
+    assert agent.stage_attempt("ftjob-1", 2, _files(objects)) == str(second)
+
+
+def test_a_file_with_other_content_is_refused(agent: NodeAgent, objects: ObjectStore) -> None:
+    objects.put_bytes("rows", b"new")
+    with pytest.raises(Conflict):
+        agent.stage_attempt("ftjob-1", 1, {"data/train.jsonl": ("rows", hashlib.sha256(b"old").hexdigest())})
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "data/../../out", ""])
+def test_names_stay_inside_the_scratch(agent: NodeAgent, objects: ObjectStore, name: str) -> None:
+    sha256 = objects.put_bytes("rows", b"x")
+    with pytest.raises(ValueError, match="below a folder"):
+        agent.stage_attempt("ftjob-1", 1, {name: ("rows", sha256)})
+
+
+def test_a_job_id_cannot_leave_its_folder(agent: NodeAgent) -> None:
+    with pytest.raises(ValueError, match="plain name"):
+        agent.stage_attempt("../ftjob", 1, {})
+
+
+def test_ending_an_attempt_kills_its_processes_and_clears_its_scratch(agent: NodeAgent, objects: ObjectStore) -> None:
+    scratch = Path(agent.stage_attempt("ftjob-end", 1, _files(objects)))
+    with subprocess.Popen(["sleep", "600"], env={MARK_VARIABLE: "ftjob-end/1"}, start_new_session=True) as process:
+        try:
+            assert agent.report().attempts == {("ftjob-end", 1)}
+            assert agent.end_attempt("ftjob-end", 1)
+            assert process.wait(5) == -9
+        finally:
+            process.kill()
+    assert not scratch.exists()
+    assert agent.report().attempts == frozenset()
+
+
+def test_another_heliostats_attempts_are_not_reported(agent: NodeAgent) -> None:
+    with subprocess.Popen(["sleep", "600"], env={MARK_VARIABLE: "ftjob-foreign/1"}) as process:
+        try:
+            assert agent.report().attempts == frozenset()
+        finally:
+            process.kill()
+
+
+def test_folders_of_jobs_long_ended_are_forgotten(agent: NodeAgent, objects: ObjectStore, tmp_path: Path) -> None:
+    for job_id in ("ftjob-old", "ftjob-recent", "ftjob-there"):
+        agent.stage_attempt(job_id, 1, _files(objects))
+    jobs = tmp_path / "node/jobs"
+    for job_id in ("ftjob-old", "ftjob-recent"):
+        agent.clear_attempt(job_id, 1)
+    for job_id in ("ftjob-old", "ftjob-there"):
+        os.utime(jobs / job_id, (0, 0))
+    agent.stage_attempt("ftjob-new", 1, {})
+    assert sorted(folder.name for folder in jobs.iterdir()) == ["ftjob-new", "ftjob-recent", "ftjob-there"]

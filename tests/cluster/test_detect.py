@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import detect as detecting
+from cluster.detect import Gpu, cpu_slots, detect, machine_memory_gb, parse_gpus
+from cluster.errors import InvalidRequest, Unavailable
+from cluster.ports import NodeSettings
+
+EIGHT_A100 = "NVIDIA A100-SXM4-80GB, 81920\n" * 8
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi that prints what lies in a file beside it."""
+    program, said = tmp_path / "nvidia-smi", tmp_path / "said"
+    program.write_text(f'#!/bin/sh\nexec cat "{said}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return said
+
+
+def _settings(tmp_path: Path, **declared: object) -> NodeSettings:
+    return NodeSettings(root=tmp_path, storage_url=str(tmp_path / "objects"), **declared)  # type: ignore[arg-type]
+
+
+def test_a_machine_with_gpus_offers_them(tmp_path: Path, nvidia_smi: Path) -> None:
+    nvidia_smi.write_text(EIGHT_A100)
+    node = detect("n1", _settings(tmp_path))
+    assert (node.name, node.kind, node.slots, node.memory_gb) == ("n1", "A100-80GB", 8, 80.0)
+
+
+def test_gpus_that_do_not_answer_are_not_taken_for_none(tmp_path: Path, nvidia_smi: Path) -> None:
+    with pytest.raises(Unavailable, match="nvidia-smi failed"):
+        detect("n1", _settings(tmp_path))
+
+
+def test_declared_cpu_leaves_the_gpus_alone(tmp_path: Path, nvidia_smi: Path) -> None:
+    node = detect("n1", _settings(tmp_path, kind="CPU", slots=3, memory_gb=2.5))
+    assert (node.kind, node.slots, node.memory_gb) == ("cpu", 3, 2.5)
+
+
+def test_fewer_slots_than_gpus_may_be_declared(tmp_path: Path, nvidia_smi: Path) -> None:
+    nvidia_smi.write_text(EIGHT_A100)
+    assert detect("n1", _settings(tmp_path, slots=4)).slots == 4
+
+
+def test_without_gpus_a_node_offers_cpu_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detecting, "list_gpus", list)
+    node = detect("n1", _settings(tmp_path))
+    assert (node.kind, node.slots) == ("cpu", cpu_slots())
+    assert node.memory_gb == pytest.approx(machine_memory_gb() * 0.8 / node.slots, abs=0.01)
+
+
+def test_a_declared_kind_brings_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detecting, "list_gpus", list)
+    node = detect("n1", _settings(tmp_path, kind="h100", slots=2))
+    assert (node.kind, node.slots, node.memory_gb) == ("H100", 2, 80.0)
+
+
+def test_an_unknown_declared_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest):
+        detect("n1", _settings(tmp_path, kind="quantum"))
+
+
+def test_the_listing_of_nvidia_smi() -> None:
+    assert parse_gpus("Tesla T4, 15360\n\n") == [Gpu("Tesla T4", 15.0)]
+    assert parse_gpus("") == []
+
+
+def test_slots_are_half_the_physical_cores() -> None:
+    assert cpu_slots() == max(1, (psutil.cpu_count(logical=False) or 1) // 2)
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{1024**3}\n")
+    monkeypatch.setattr(detecting, "_CGROUP_LIMIT", limit)
+    assert machine_memory_gb() == 1.0
+    limit.write_text("max\n")
+    assert machine_memory_gb() == psutil.virtual_memory().total / 1024**3

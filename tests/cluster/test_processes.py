@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+from waiting import until
+
+from cluster import processes
+from cluster.processes import MARK_VARIABLE, end_attempt, running_attempts
+from trainers import protocol
+
+Spawn = Callable[..., subprocess.Popen[str]]
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SLEEP
+TREE = "import subprocess, sys; p = subprocess.Popen(['sleep', '600'], env={}); print(p.pid, flush=True); p.wait()"
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    spawned: list[subprocess.Popen[str]] = []
+
+    def start(mark: str, code: str = SLEEP) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, MARK_VARIABLE: mark},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        spawned.append(process)
+        return process
+
+    yield start
+    for process in spawned:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_the_mark_is_the_one_that_children_carry() -> None:
+    assert MARK_VARIABLE == protocol.MARK_VARIABLE
+
+
+def test_attempts_are_found_by_their_mark(spawn: Spawn) -> None:
+    spawn("ftjob-x1/3")
+    spawn("not an attempt")
+    until(lambda: ("ftjob-x1", 3) in running_attempts())
+    assert not [attempt for attempt in running_attempts() if "not" in attempt[0]]
+
+
+def test_an_attempt_is_ended_whole_and_no_other(spawn: Spawn) -> None:
+    one, other = spawn("ftjob-x2/1", STUBBORN), spawn("ftjob-x2/2")
+    assert (_said(one), _said(other)) == ("up", "up")
+    assert end_attempt("ftjob-x2", 1)
+    assert one.wait(5) == -9
+    assert other.poll() is None
+
+
+def test_processes_that_lost_the_mark_are_found_by_their_session(spawn: Spawn) -> None:
+    leader = spawn("ftjob-x3/1", TREE)
+    grandchild = int(_said(leader))
+    assert psutil.pid_exists(grandchild)
+    assert end_attempt("ftjob-x3", 1)
+    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+
+
+def test_nothing_to_end_is_an_end() -> None:
+    assert end_attempt("ftjob-never", 1)
+
+
+def test_an_attempt_that_outlives_the_time_is_not_called_dead(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = spawn("ftjob-x4/1")
+    assert _said(process) == "up"
+    monkeypatch.setattr(processes._Traces, "kill", lambda traces, pid: None)  # as in uninterruptible sleep
+    assert not end_attempt("ftjob-x4", 1, timeout_s=0.1)
+    assert process.poll() is None

@@ -1,0 +1,191 @@
+"""The memory estimates against numbers worked out by hand, and what may never turn round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import ResourceError
+from trainers.run.architectures import read_shape
+from trainers.run.memory import GIB, Ask, Offer, Training, choose_shape, estimate, rule_gb
+
+LLAMA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+}
+QWEN2_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+GEMMA_2B = {
+    "model_type": "gemma",
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 256000,
+}
+A100_40 = Offer("A100-40GB", 40.0, 8)
+A100_80 = Offer("A100-80GB", 80.0, 8)
+T4 = Offer("T4", 16.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (LLAMA_7B, 6_738_415_616),
+        (SMOLLM2, 134_515_008),
+        (GPT2, 124_439_808),
+        (BERT, 109_482_240),
+        (QWEN2_05B, 494_032_768),
+        (GEMMA_2B, 2_506_172_416),
+    ],
+)
+def test_parameters_are_the_published_ones(config: dict[str, Any], published: int) -> None:
+    shape = read_shape(config)
+    assert shape is not None
+    assert shape.parameters == published
+
+
+def test_lora_on_7b_by_hand() -> None:
+    made = estimate(LLAMA_7B, Training(seq_len=2048))
+    # rank 16 on 4 square projections and 3 of the MLP, 32 layers
+    assert made.trainable_parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert made.parts["weights"] == 6_738_415_616 * 2 + made.trainable_parameters * 4
+    assert made.parts["optimizer"] == made.trainable_parameters * 8
+    assert made.parts["context"] == int(0.8 * GIB)
+    assert 20 < made.total_gb < 35
+    assert made.rule_gb == pytest.approx(67.38)
+
+
+def test_full_7b_by_hand_is_16_bytes_a_parameter_and_more() -> None:
+    made = estimate(LLAMA_7B, Training(training_type="full"))
+    states = sum(made.parts[name] for name in ("weights", "gradients", "optimizer"))
+    assert states == 6_738_415_616 * 16
+    assert made.total_gb > 100
+
+
+def test_the_rule_says_70_for_7_billion() -> None:
+    assert rule_gb(7_000_000_000) == 70.0
+
+
+def test_the_request_of_the_interface_is_accepted() -> None:
+    shape, made = choose_shape(LLAMA_7B, Training(), Ask(kinds=("A100",), mem_limit_gb=48), [A100_40, A100_80])
+    assert (shape.slots, shape.kinds, made.decided_by) == (1, ("A100-40GB", "A100-80GB"), "model")
+    assert made.total_gb < 48 < made.rule_gb
+
+
+def test_too_small_a_limit_names_both_estimates_and_what_would_fit() -> None:
+    with pytest.raises(ResourceError) as caught:
+        choose_shape(LLAMA_7B, Training(), Ask(mem_limit_gb=8), [A100_80])
+    assert caught.value.code == "memory_limit_too_small"
+    one_gpu, most = estimate(LLAMA_7B, Training()), estimate(LLAMA_7B, Training(slots=8))
+    assert f"{one_gpu.total_gb:g} GiB" in caught.value.message
+    assert "67.38" in caught.value.message
+    assert f"{most.total_gb:g}" in str(caught.value.hint)
+
+
+def test_what_fits_nowhere_says_what_there_is() -> None:
+    with pytest.raises(ResourceError) as caught:
+        choose_shape(LLAMA_7B, Training(training_type="full"), Ask(), [T4])
+    assert caught.value.code == "does_not_fit"
+    assert "1 x T4 of 16 GiB" in caught.value.message
+
+
+def test_a_model_too_large_for_one_slot_is_sharded() -> None:
+    training = Training(training_type="full", zero_stage=3)
+    shape, made = choose_shape(LLAMA_7B, training, Ask(), [A100_80])
+    assert shape.slots == 2
+    assert made.total_gb <= 80
+
+
+def test_asked_slots_are_not_changed() -> None:
+    shape, _ = choose_shape(LLAMA_7B, Training(), Ask(slots=4), [A100_80])
+    assert shape.slots == 4
+
+
+def test_an_unknown_architecture_goes_by_the_rule() -> None:
+    made = estimate({"model_type": "new"}, Training(), parameters=1_000_000_000)
+    assert (made.decided_by, made.total_gb) == ("rule", 10.0)
+
+
+def test_an_unknown_architecture_without_a_count_is_refused() -> None:
+    with pytest.raises(ResourceError) as caught:
+        estimate({"model_type": "new"}, Training())
+    assert caught.value.code == "model_size_unknown"
+
+
+def test_a_config_that_lacks_its_sizes_is_unknown() -> None:
+    assert read_shape({"model_type": "llama"}) is None
+
+
+trainings = st.builds(
+    Training,
+    training_type=st.sampled_from(["lora", "full"]),
+    precision=st.sampled_from(["auto", "bf16", "fp32"]),
+    seq_len=st.integers(1, 8192),
+    micro_batch=st.integers(1, 64),
+    lora_r=st.integers(1, 256),
+    zero_stage=st.integers(0, 3),
+    slots=st.integers(1, 16),
+    on_cpu=st.booleans(),
+)
+
+
+@given(trainings)
+def test_more_of_anything_never_needs_less(training: Training) -> None:
+    least = estimate(LLAMA_7B, training).total_gb
+    for more in (
+        replace(training, seq_len=training.seq_len + 1),
+        replace(training, micro_batch=training.micro_batch + 1),
+        replace(training, lora_r=training.lora_r + 1),
+        replace(training, training_type="full"),
+        replace(training, precision="fp32"),
+        replace(training, on_cpu=False),
+    ):
+        assert estimate(LLAMA_7B, more).total_gb >= least
+
+
+@given(trainings)
+def test_more_slots_and_higher_stages_never_need_more_each(training: Training) -> None:
+    least = estimate(LLAMA_7B, training).total_gb
+    assert estimate(LLAMA_7B, replace(training, slots=training.slots + 1)).total_gb <= least
+    assert estimate(LLAMA_7B, replace(training, zero_stage=min(3, training.zero_stage + 1))).total_gb <= least

@@ -1,0 +1,233 @@
+"""What an attempt's worker says, turned into writes, orders and an outcome. No Ray, no threads of its own."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from cluster.core.job import JobState
+from cluster.errors import JobFailure
+from trainers.run.parts import Order, Outcome, Record
+from trainers.run.ports import DriverStore, StepRow
+from trainers.run.records import RecordWriter
+
+LEVELS = ("info", "warning", "error")
+
+
+class Intent(StrEnum):
+    """Why the driver stops a healthy child."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    MAX_RUNTIME = "max_runtime"
+
+
+class Conversation:
+    """`on_end` is told the outcome once the worker's last word is there."""
+
+    def __init__(
+        self, job: tuple[str, int], store: DriverStore, writer: RecordWriter, on_end: Callable[[Outcome], None]
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._writer = writer
+        self._on_end = on_end
+        self._orders: collections.deque[Order] = collections.deque()
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._at: dict[str, float] = {}
+        self.intent: Intent | None = None
+        self.hello: dict[str, Any] = {}
+        self.ready: dict[str, Any] = {}
+        self.running_since: float | None = None
+        self.archiving = False
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a child that can be asked."""
+        return "spawned" in self._at
+
+    def stop(self, intent: Intent) -> None:
+        """Asks the child to write a checkpoint and stop at the next step boundary; a cancelled one just ends."""
+        self.intent = intent
+        if intent is Intent.CANCEL:
+            self.kill()
+        else:
+            self._orders.append({"order": "command", "id": next(self._numbers), "command": "stop"})
+
+    def kill(self) -> None:
+        self._orders.append({"order": "end"})
+
+    def relay(self, records: list[Record]) -> list[Order]:
+        """Takes what the worker says, gives what it shall do."""
+        with self._lock:
+            for kind, group in itertools.groupby(records, key=lambda record: str(record["type"])):
+                if kind == "step":
+                    self._steps(list(group))
+                else:
+                    for record in group:
+                        self._HANDLERS[kind](self, record)
+        return self._take_orders()
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """An event that says where the time went."""
+        data = {"stage": stage, "seconds": round(seconds, 3)}
+        self.event("stage", f"{stage.replace('_', ' ')}: {seconds:.1f} s", data)
+
+    def event(self, type: str, message: str, data: dict[str, Any], level: str = "info") -> None:
+        self._writer.submit(lambda: self._store.event(*self._job, type, message, level=level, data=data))
+
+    def _take_orders(self) -> list[Order]:
+        taken = []
+        while self._orders:
+            taken.append(self._orders.popleft())
+        return taken
+
+    def _since(self, stage: str, record: Record, mark: str) -> None:
+        """The stage that `record` ends began with `mark`; both by the worker's clock."""
+        if mark in self._at:
+            self.stage(stage, max(0.0, record["at"] - self._at[mark]))
+
+    def _steps(self, records: list[Record]) -> None:
+        rows = [StepRow(**{name: record[name] for name in StepRow.__dataclass_fields__}) for record in records]
+        self._writer.submit(lambda: self._store.record_steps(*self._job, rows))
+        if "step" not in self._at:
+            self._at["step"] = records[0]["at"]
+            self._since("first_step", records[0], "evaluated" if "evaluated" in self._at else "ready")
+
+    def _spawned(self, record: Record) -> None:
+        self._at["spawned"] = record["at"]
+
+    def _hello(self, record: Record) -> None:
+        self._at["hello"] = record["at"]
+        self.hello = {name: value for name, value in record.items() if name not in ("type", "at", "pid")}
+        self._since("imports", record, "spawned")
+
+    def _ready(self, record: Record) -> None:
+        self._at["ready"] = record["at"]
+        self.ready = {name: value for name, value in record.items() if name not in ("type", "at")}
+        self.running_since = time.monotonic()
+        self._since("load", record, "hello")
+        self._move(JobState.RUNNING, "training")
+        self.event("ready", f"training {record['steps']} steps from step {record['start_step']}", self.ready)
+
+    def _evaluated(self, record: Record) -> None:
+        data = {name: value for name, value in record.items() if name not in ("type", "at")}
+        if record["when"] == "before":
+            self._at["evaluated"] = record["at"]
+            self._since("evaluation_before", record, "ready")
+        self.event("evaluated", f"evaluated {record['when']} training, at step {record['step']}", data)
+
+    def _log(self, record: Record) -> None:
+        level = record["level"] if record["level"] in LEVELS else "info"
+        self.event("log", record["message"][:4000], {}, level)
+
+    def _ack(self, record: Record) -> None:
+        """Nothing waits for it: what a command leads to is seen by itself."""
+
+    def _stored(self, record: Record) -> None:
+        """The child may let go of older checkpoints only when the row is there."""
+
+        def commit() -> None:
+            self._store.commit_checkpoint(
+                *self._job, record["step"], record["prefix"], record["files"], record["metrics"]
+            )
+            self._orders.append({"order": "saved", "step": record["step"]})
+
+        self._writer.submit(commit)
+
+    def _finished(self, record: Record) -> None:
+        if self.intent is Intent.CANCEL:
+            self.kill()
+            return
+        self.archiving = True
+        self._at["finished"] = record["at"]
+        self._move(JobState.ARCHIVING, "storing the model")
+
+    def _artifact(self, record: Record) -> None:
+        if self.intent is Intent.CANCEL:  # it finished while it was told to stop: the wish came first
+            self._on_end(outcome_of(self.intent))
+            return
+        self._since("archiving", record, "finished")
+        self._on_end(Outcome(JobState.SUCCEEDED, "the model is stored", artifact=record))
+
+    def _failed(self, record: Record) -> None:
+        if self.intent is Intent.CANCEL:
+            self._on_end(outcome_of(self.intent))
+            return
+        error = {name: record.get(name) for name in ("code", "message", "param", "hint", "fixable_by")}
+        self._tail(record)
+        state = JobState.FAILED if error["fixable_by"] in ("user", None) else JobState.RECOVERING
+        self._on_end(Outcome(state, record["message"], error | {"fixable_by": error["fixable_by"] or "user"}))
+
+    def _stopped(self, record: Record) -> None:
+        if self.intent is None:
+            self._lost({**record, "exit_code": 0, "signal": None})
+        else:
+            self._on_end(outcome_of(self.intent))
+
+    def _lost(self, record: Record) -> None:
+        if self.intent is not None:
+            self._on_end(outcome_of(self.intent))
+            return
+        self._tail(record)
+        self._on_end(_lost_outcome(record, hello_heard="hello" in self._at))
+
+    def _tail(self, record: Record) -> None:
+        self.event("child_output", "the last lines of its output", {"lines": record["log_tail"]}, "warning")
+
+    def _move(self, then: JobState, reason: str) -> None:
+        self._writer.submit(lambda: self._store.move(*self._job, then, reason=reason))
+
+    _HANDLERS: dict[str, Callable[[Conversation, Record], None]] = {  # noqa: RUF012
+        "spawned": _spawned,
+        "hello": _hello,
+        "ready": _ready,
+        "evaluated": _evaluated,
+        "log": _log,
+        "ack": _ack,
+        "stored": _stored,
+        "finished": _finished,
+        "artifact": _artifact,
+        "failed": _failed,
+        "stopped": _stopped,
+        "lost": _lost,
+    }
+
+
+def outcome_of(intent: Intent) -> Outcome:
+    """Of a child that was stopped on purpose."""
+    if intent is Intent.CANCEL:
+        return Outcome(JobState.CANCELLED, "cancelled on request")
+    if intent is Intent.PAUSE:
+        return Outcome(JobState.PAUSED, "paused on request")
+    failure = JobFailure(
+        "the job reached its max_runtime_hours before it was done; its last checkpoint is kept",
+        code="max_runtime_reached",
+        param="resource_config.max_runtime_hours",
+        hint="Start a job with a longer max_runtime_hours, fewer epochs or max_steps.",
+    )
+    return Outcome(JobState.FAILED, failure.message, failure.as_dict())
+
+
+def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:
+    """A signal comes from outside (the kernel's memory killer, an operator): it may work again. One that ends by itself
+    before it could speak does so each time."""
+    if record["signal"] is not None:
+        name = signal.Signals(record["signal"]).name
+        return Outcome(JobState.RECOVERING, f"the training process was ended by {name}")
+    if hello_heard:
+        return Outcome(JobState.RECOVERING, f"the training process left with exit code {record['exit_code']}")
+    last = record["log_tail"][-1] if record["log_tail"] else "it printed nothing"
+    failure = JobFailure(
+        f"the training process ended with exit code {record['exit_code']} while it imported its packages: {last}",
+        code="child_failed_to_start",
+        hint="See the job's log; most often a package of the environment does not fit the others.",
+    )
+    return Outcome(JobState.FAILED, failure.message, failure.as_dict())

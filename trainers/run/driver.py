@@ -1,0 +1,222 @@
+"""One attempt of a job from its assignment to its end: prepares the node, runs the worker group, renews the lease, writes
+what happens. Without Ray; `trainers.run.launch` makes it an actor."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.core.job import JobState, Wish
+from cluster.errors import Fenced, HeliostatError, Unavailable
+from trainers.run.conversation import Conversation, Intent, outcome_of
+from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
+from trainers.run.ports import Assignment
+from trainers.run.preparing import lineage, node_of, prepare
+from trainers.run.records import RecordWriter
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+"""At most; a lease with a short time to live is renewed three times in it. Wishes of the tenant are seen so fast."""
+
+_FORCED_S = 15.0
+_INTENTS = {Wish.CANCEL: Intent.CANCEL, Wish.PAUSE: Intent.PAUSE}
+
+
+class JobDriver:
+    """`run` blocks; `relay`, `task` and `ping` are called meanwhile, by other threads."""
+
+    def __init__(self, job_id: str, attempt: int, parts: DriverParts, agents: Agents, gang: Gang) -> None:
+        self._job = (job_id, attempt)
+        self._store = parts.store
+        self._settings = parts.settings
+        self._agents = agents
+        self._gang = gang
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._writer = RecordWriter(parts.settings.max_waiting_records, self._on_fenced, self._on_broken)
+        self._conversation = Conversation(self._job, parts.store, self._writer, self._outcomes.put)
+        self._leaving = threading.Event()
+        self._broken = False
+        self._assignment: Assignment | None = None
+        self._task: WorkerTask | None = None
+        self._gang_started = 0.0
+        self._stopped_at: float | None = None
+
+    def ping(self) -> str:
+        return "ok"
+
+    def task(self) -> WorkerTask:
+        """For a worker that has come up."""
+        if self._task is None:
+            raise RuntimeError("the worker group started before its task was there")
+        self._conversation.stage("worker_start", time.monotonic() - self._gang_started)
+        return self._task
+
+    def relay(self, records: list[Record]) -> list[Order]:
+        return self._conversation.relay(records)
+
+    def run(self) -> None:
+        """Returns when all is written and nothing of the attempt is left to wait for, or when fenced. Raises
+        RuntimeError when the driver itself broke: the scheduler then finds it dead."""
+        self._writer.start()
+        self._start_thread(self._keep_lease)
+        self._start_thread(self._train)
+        outcome = self._outcomes.get()  # the first word counts
+        log.info("attempt %s ends: %s, %s", self._job, outcome.state, outcome.reason)
+        self._clear()
+        if outcome.state is None:
+            self._writer.abandon()
+        else:
+            self._writer.submit(lambda: self._write_end(outcome))
+        self._writer.close()
+        self._leaving.set()
+        if self._broken:
+            raise RuntimeError(f"the driver of {self._job} broke; see its log")
+
+    def _start_thread(self, target: Callable[[], None]) -> None:
+        """A thread that dies of what nobody foresaw takes the driver along: better dead than half alive."""
+
+        def guarded() -> None:
+            clean = False
+            try:
+                target()
+                clean = True
+            finally:
+                if not clean:
+                    self._on_broken()
+
+        threading.Thread(target=guarded, name=target.__name__, daemon=True).start()
+
+    def _on_fenced(self) -> None:
+        self._writer.abandon()
+        self._outcomes.put(Outcome(None, "another attempt owns the job"))
+
+    def _on_broken(self) -> None:
+        self._broken = True
+        self._writer.abandon()
+        self._outcomes.put(Outcome(None, "the driver broke"))
+
+    # ── the work ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _train(self) -> None:
+        try:
+            self._prepare_and_run()
+        except Fenced:
+            self._on_fenced()
+        except WorkersLost as lost:
+            self._outcomes.put(Outcome(JobState.RECOVERING, str(lost)))
+        except HeliostatError as error:
+            state = JobState.RECOVERING if isinstance(error, Unavailable) else JobState.FAILED
+            self._outcomes.put(Outcome(state, error.message, error.as_dict()))
+
+    def _prepare_and_run(self) -> None:
+        assignment = self._assignment = self._read_assignment()
+        node = node_of(assignment)
+        self._task = prepare(assignment, self._agents.of(node), self._settings, self._conversation.stage)
+        name = f"{assignment.tenant}-{assignment.job_id}-a{assignment.attempt}"
+        self._gang_started = time.monotonic()
+        self._gang.run(GangRequest(*self._job, name, (node,), assignment.fingerprint, self._task.scratch))
+        self._outcomes.put(Outcome(JobState.RECOVERING, "the worker left without saying how the training ended"))
+
+    def _read_assignment(self) -> Assignment:
+        while True:
+            try:
+                return self._store.assignment(*self._job)
+            except Unavailable:
+                if self._leaving.wait(1.0):
+                    raise
+
+    # ── the lease and the tenant's wishes ───────────────────────────────────────────────────────────────────────────
+
+    def _keep_lease(self) -> None:
+        while True:
+            self._beat()
+            self._watch_runtime()
+            self._watch_stop()
+            if self._leaving.wait(min(self._settings.lease_ttl_s / 3, HEARTBEAT_S)):
+                return
+
+    def _beat(self) -> None:
+        try:
+            beat = self._store.heartbeat(*self._job, self._settings.lease_ttl_s)
+        except Unavailable:  # training goes on without the database; so does the lease, which nobody can take meanwhile
+            return
+        if beat.fenced:
+            self._on_fenced()
+        elif beat.wish in _INTENTS:
+            self._stop(_INTENTS[beat.wish])
+
+    def _stop(self, intent: Intent) -> None:
+        """Once per intent; a cancel overtakes a pause. What is being archived is too late to stop."""
+        conversation = self._conversation
+        if conversation.archiving or conversation.intent in (intent, Intent.CANCEL):
+            return
+        if not conversation.started:
+            conversation.intent = intent
+            self._outcomes.put(outcome_of(intent))
+            return
+        self._stopped_at = time.monotonic()
+        conversation.stop(intent)
+
+    def _watch_runtime(self) -> None:
+        since, assignment = self._conversation.running_since, self._assignment
+        if since is None or assignment is None or assignment.max_runtime_s is None:
+            return
+        ran_s = assignment.ran_s + time.monotonic() - since
+        if ran_s >= assignment.max_runtime_s and self._conversation.intent is None:
+            self._stop(Intent.MAX_RUNTIME)
+
+    def _watch_stop(self) -> None:
+        """A child that does not stop in time is killed; a worker that does not answer to that is left behind."""
+        intent = self._conversation.intent
+        if intent is None or self._stopped_at is None or self._conversation.archiving:
+            return
+        grace_s = 0.0 if intent is Intent.CANCEL else self._settings.stop_grace_s
+        waited_s = time.monotonic() - self._stopped_at
+        if waited_s >= grace_s + _FORCED_S:
+            self._outcomes.put(outcome_of(intent))
+        elif waited_s >= grace_s:
+            self._conversation.kill()
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _clear(self) -> None:
+        self._gang.end()
+        if self._assignment is None:
+            return
+        try:
+            self._agents.of(node_of(self._assignment)).clear_attempt(*self._job)
+        except HeliostatError as error:  # the agent clears up itself when it ends the attempt
+            log.info("the scratch of %s was not cleared: %s", self._job, error.message)
+
+    def _write_end(self, outcome: Outcome) -> None:
+        if outcome.artifact is None:
+            if outcome.state is not None:
+                self._store.move(*self._job, outcome.state, reason=outcome.reason, error=outcome.error)
+            return
+        made = outcome.artifact
+        self._store.finish(*self._job, made["prefix"], made["files"], made["metrics"], self._lineage())
+
+    def _lineage(self) -> dict[str, Any]:
+        """What a version needs to be made again: data, code, configuration, and the identity of the run."""
+        if self._assignment is None or self._task is None:
+            raise RuntimeError("an artifact came before the task that makes it")
+        return {
+            **lineage(self._assignment),
+            "hyperparams": dataclasses.asdict(self._assignment.hyperparams),
+            "method": self._assignment.method,
+            "training_type": self._assignment.training_type,
+            "code_version": importlib.metadata.version("heliostat"),
+            "attempt": self._assignment.attempt,
+            "kind": self._assignment.kind,
+            "world_size": self._assignment.placement.slots,
+            "threads_per_slot": self._task.threads,
+            "packages": self._conversation.hello,
+            "run": self._conversation.ready,
+        }

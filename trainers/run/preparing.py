@@ -1,0 +1,129 @@
+"""Makes a node ready for an attempt: environment, base model, the attempt's own files; and from them the worker's task."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from cluster.errors import JobFailure
+from cluster.storage.objects import ObjectStore
+from trainers.config import TrainConfig
+from trainers.run.child_files import MANIFEST
+from trainers.run.parts import AgentHandle, DriverSettings, Report, WorkerTask
+from trainers.run.ports import Assignment
+
+CPU = "cpu"
+TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.jsonl", "adapter", "resume", "out"
+"""Below the scratch folder of the attempt."""
+
+T = TypeVar("T")
+Files = dict[str, tuple[str, str]]
+
+
+def node_of(assignment: Assignment) -> str:
+    """Raises `JobFailure`: one worker spans one node."""
+    nodes = list(assignment.placement.nodes)
+    if len(nodes) != 1:
+        raise JobFailure(
+            f"the job was placed on {len(nodes)} nodes; a training spans one node",
+            code="unsupported_placement",
+            hint="Ask for as many GPUs as one node has.",
+        )
+    return nodes[0]
+
+
+def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
+    """Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
+    made = _timed("environment", report, lambda: agent.prepare_environment(assignment.lock))
+    base = _timed(
+        "model", report, lambda: agent.stage_model(assignment.base_model_prefix, assignment.base_model_sha256)
+    )
+    files = attempt_files(assignment, ObjectStore(settings.storage_url))
+    scratch = _timed("staging", report, lambda: agent.stage_attempt(assignment.job_id, assignment.attempt, files))
+    threads = max(1, (os.cpu_count() or 1) // max(1, agent.report().node.slots))
+    config = train_config(assignment, settings, base, scratch, threads)
+    return WorkerTask(
+        job_id=assignment.job_id,
+        attempt=assignment.attempt,
+        tenant=assignment.tenant,
+        fingerprint=made["fingerprint"],
+        python=made["python"],
+        scratch=scratch,
+        config=config.to_dict(),
+        visible_devices=visible_devices(assignment),
+        threads=threads,
+        settings=settings,
+    )
+
+
+def _timed(stage: str, report: Report, do: Callable[[], T]) -> T:
+    started = time.monotonic()
+    done = do()
+    report(stage, time.monotonic() - started)
+    return done
+
+
+def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
+    """Name below the scratch folder → (key, sha256)."""
+    files: Files = {TRAIN: (assignment.dataset_key, assignment.dataset_sha256)}
+    if assignment.validation_key and assignment.validation_sha256:
+        files[VALIDATION] = (assignment.validation_key, assignment.validation_sha256)
+    if assignment.adapter_prefix:
+        manifest = json.loads(storage.read_bytes(f"{assignment.adapter_prefix}/{MANIFEST}"))
+        files |= _below(ADAPTER, assignment.adapter_prefix, manifest)
+    if assignment.checkpoint:
+        files |= _below(RESUME, assignment.checkpoint.prefix, assignment.checkpoint.files)
+    return files
+
+
+def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:
+    return {f"{folder}/{name}": (f"{prefix}/{name}", sha256) for name, sha256 in files.items()}
+
+
+def visible_devices(assignment: Assignment) -> str:
+    """The leased GPUs, none on a `cpu` node."""
+    if assignment.kind == CPU:
+        return ""
+    return ",".join(str(slot) for slot in assignment.placement.nodes[node_of(assignment)])
+
+
+def train_config(
+    assignment: Assignment, settings: DriverSettings, base: str, scratch: str, threads: int
+) -> TrainConfig:
+    """What the child is told; only places below the scratch folder and the model's."""
+    return TrainConfig(
+        base_model=base,
+        train_file=f"{scratch}/{TRAIN}",
+        output_dir=f"{scratch}/{OUT}",
+        validation_file=f"{scratch}/{VALIDATION}" if assignment.validation_key else None,
+        adapter=f"{scratch}/{ADAPTER}" if assignment.adapter_prefix else None,
+        method=assignment.method,
+        training_type=assignment.training_type,
+        hyperparams=assignment.hyperparams,
+        precision=assignment.precision,
+        world_size=assignment.placement.slots,
+        devices=CPU if assignment.kind == CPU else "cuda",
+        threads_per_slot=threads,
+        checkpoint_every_s=settings.checkpoint_every_s,
+        resume_from=f"{scratch}/{RESUME}" if assignment.checkpoint else None,
+        exact_match_rows=settings.exact_match_rows,
+        memory_limit_gb=assignment.memory_limit_gb,
+        metadata=lineage(assignment),
+    )
+
+
+def lineage(assignment: Assignment) -> dict[str, object]:
+    """What a model version needs to be made again, beside its hyperparameters."""
+    return {
+        "job_id": assignment.job_id,
+        "base_model": assignment.base_model_name,
+        "base_model_sha256": assignment.base_model_sha256,
+        "adapter_prefix": assignment.adapter_prefix,
+        "dataset_sha256": assignment.dataset_sha256,
+        "validation_sha256": assignment.validation_sha256,
+        "environment": assignment.fingerprint,
+        "output_model": assignment.output_model,
+    }
