@@ -1,19 +1,22 @@
-"""What routes are given: the services, the caller, pages, and the key that makes a POST safe to repeat."""
+"""What routes are given: the services, the caller, pages, and what makes a POST safe to repeat."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+from typing import Annotated, Any
 
-from fastapi import Depends, Path, Query, Request
+import orjson
+from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.db.repository import PageRequest
 from app.schemas.common import Text
-from app.services.access import Caller
+from app.services.access import Caller, Repeat
 from app.services.services import Services
 from cluster.errors import Unauthorized
 
 bearer = HTTPBearer(auto_error=False, description="A token of the issuer that Heliostat is set up with.")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
 def services(request: Request) -> Services:
@@ -26,7 +29,7 @@ ServicesDep = Annotated[Services, Depends(services)]
 
 def caller(
     services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    credentials: Credentials,
     tenant_id: Annotated[Text | None, Query(max_length=64, description="For operators: the tenant to act for.")] = None,
 ) -> Caller:
     """The value is the user: a route that asks for it is closed to everyone else."""
@@ -50,3 +53,25 @@ def page(
 
 
 PageDep = Annotated[PageRequest, Depends(page)]
+
+
+async def repeat(
+    request: Request,
+    credentials: Credentials,
+    idempotency_key: Annotated[
+        str | None, Header(description="The same key within 24 h gets the first answer; nothing is made twice.")
+    ] = None,
+) -> Repeat:
+    token = credentials.credentials if credentials is not None else ""
+    token_id = hashlib.sha256(token.encode()).hexdigest()
+    return Repeat(request.url.path, idempotency_key, _parsed(await request.body()), token_id)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode("utf-8", errors="replace")  # no JSON: the text itself tells two requests apart
+
+
+RepeatDep = Annotated[Repeat, Depends(repeat)]

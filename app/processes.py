@@ -41,8 +41,8 @@ def holder_of(port: int) -> str:
     except psutil.AccessDenied:
         return "a process that this user may not see"
     for connection in connections:
-        listens = connection.status == psutil.CONN_LISTEN and connection.laddr
-        if listens and connection.laddr[1] == port and connection.pid:
+        address = tuple(connection.laddr)  # empty, or (host, port)
+        if connection.status == psutil.CONN_LISTEN and address[1:] == (port,) and connection.pid:
             try:
                 return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
             except psutil.NoSuchProcess:

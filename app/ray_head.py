@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.processes import free_port
 from app.settings import Settings
-from runtime_envs.ray_plugin import PLUGIN_CONFIG
+from runtime_envs.variables import PLUGIN_CONFIG
 
 NODE_NAME = "local"
 OBJECT_STORE_BYTES = 256 * 1024**2

@@ -200,6 +200,7 @@ class Supervisor:
                 started.end(timeout_s=3)
         end_marked(self.state.instance)
         if self._scratch is not None and self._settings.ray.temp_dir is None:
+            keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _end_all(self) -> None:
@@ -226,6 +227,13 @@ class Supervisor:
             pid = self._postgres.pid
             self.state.components["postgres"] = {"pid": pid or 0, "state": "running" if pid else "dead"}
         replace_text(state_file(self._settings.data_dir), json.dumps(vars(self.state)))
+
+
+def keep_ray_logs(scratch: Path, kept: Path) -> None:
+    """Of the head that has just ended: its temporary folder goes, and with it what would say why it died."""
+    for logs in scratch.glob("session_2*/logs"):
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
 
 
 def resolve(settings: Settings) -> Settings:

@@ -3,11 +3,15 @@ and variables on the node say the rest, so that no secret travels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
+from app.auth.issuer import Issuer
+from app.auth.verify import make_verifier
 from app.db.job_store import SqlJobStore
 from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database, PoolSettings
@@ -39,17 +43,19 @@ def database(settings: Settings, *, statement_timeout_s: float | None = None, si
 
 def http_app() -> FastAPI:
     """Of an API replica."""
-    from app.main import create_app  # FastAPI's routes take a second to build: only the replica needs them
-    from app.services.changes import Changes
-    from app.services.parts import Parts
+    from app.main import AppParts, create_app  # its routes take seconds to build: only the replica needs them
 
     settings = load_settings()
     rows = database(settings, statement_timeout_s=HTTP_STATEMENT_TIMEOUT_S)
-
-    def solver(text: str) -> Solved:
-        return solve_environment(settings, text)
-
-    return create_app(Parts(settings, rows, ObjectStore(settings.objects_url), Changes(rows.dsn), solver))
+    parts = AppParts(
+        settings=settings,
+        database=rows,
+        storage=ObjectStore(settings.objects_url),
+        solve=partial(solve_environment, settings),
+        verifier=make_verifier(settings, rows),
+        issuer=Issuer(settings, rows) if settings.auth.builtin else None,
+    )
+    return create_app(parts)
 
 
 def scheduler_parts() -> SchedulerParts:
@@ -92,9 +98,11 @@ def importer_parts() -> ImporterParts:
 
 def pip_index(settings: Settings) -> PipIndex:
     """The settings' places, else the machine's own pip configuration."""
+    cache = settings.data_dir / "cache" / "uv"
     if settings.pip_index_url is None and not settings.pip_find_links:
-        return machine_index()
+        return replace(machine_index(), cache_dir=cache)
     return PipIndex(
+        cache_dir=cache,
         index_url=settings.pip_index_url,
         find_links=tuple(settings.pip_find_links),
         offline=settings.pip_index_url is None,
@@ -127,9 +135,8 @@ class NodeEnvironments:
 
 
 def of_the_house(problem: EnvironmentProblem) -> EnvironmentError_:
-    where = f" (line {problem.line} of environment.yml)" if problem.line else ""
     return EnvironmentError_(
-        problem.message + where,
+        problem.message,
         code=problem.code,
         param="environment",
         hint=problem.hint,

@@ -15,8 +15,8 @@ SECTIONS = ("global", "install")
 
 @dataclass(frozen=True)
 class PipIndex:
-    """`find_links` are folders or URLs of wheels; `offline` looks at them only. `cert` is a PEM bundle, `cache_dir`
-    uv's cache while solving (None: uv's own place)."""
+    """`find_links` are folders or URLs of wheels; `offline` looks at them only. `cert` is a PEM bundle. `cache_dir` is for
+    solving (None: the user's cache folder)."""
 
     index_url: str | None = None
     extra_index_urls: tuple[str, ...] = ()

@@ -95,7 +95,7 @@ class HostEnvironments:
     def _install(self, lock: Lock, prefix: Path, lock_fd: int) -> None:
         index = self._index or machine_index()
         pins = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}" for package in lock.pip]
-        with tempfile.TemporaryDirectory(prefix="heliostat-install-") as folder:
+        with tempfile.TemporaryDirectory(prefix="install-", dir=prefix.parent) as folder:
             scratch = Path(folder)
             (scratch / "requirements.txt").write_text("\n".join([*index.lines(), *pins]) + "\n", encoding="utf-8")
             result = run_uv(

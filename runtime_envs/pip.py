@@ -6,7 +6,6 @@ import re
 import sys
 import tempfile
 import tomllib
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from platformdirs import user_cache_path
 
+from runtime_envs.base_wheels import base_wheels
 from runtime_envs.errors import INDEX_FAILED, UNSOLVABLE, EnvironmentProblem
 from runtime_envs.host import HostBase, Installed
 from runtime_envs.index import PipIndex
@@ -64,35 +65,17 @@ def _write_question(scratch: Path, wanted: Iterable[Dependency], base: HostBase,
     lines = [*index.lines(), *core, *(dependency.text for dependency in wanted)]
     (scratch / "requirements.in").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (scratch / "pylock.toml").write_text(_preferences(base.installed.values()), encoding="utf-8")
-    _write_stubs(scratch / "base", base.installed.values())
-    cache = ["--cache-dir", str(index.cache_dir)] if index.cache_dir else []
+    cache_dir = (index.cache_dir or user_cache_path("heliostat")).absolute()
+    stubs = base_wheels(base.installed.values(), cache_dir)
     return ["pip", "compile", "requirements.in", "--output-file", "pylock.toml", "--python", sys.executable,
-            "--no-build", "--find-links", "base", "--no-header", "--no-annotate", *cache]  # fmt: skip
+            "--no-build", "--find-links", str(stubs), "--no-header", "--no-annotate",
+            "--cache-dir", str(cache_dir / "uv")]  # fmt: skip
 
 
 def _preferences(installed: Iterable[Installed]) -> str:
     """uv keeps the versions of the file that it writes to, where it can."""
     entries = (f'[[packages]]\nname = "{package.name}"\nversion = "{package.version}"\n' for package in installed)
     return 'lock-version = "1.0"\ncreated-by = "heliostat"\n' + "".join(entries)
-
-
-def _write_stubs(folder: Path, installed: Iterable[Installed]) -> None:
-    """Wheels with nothing but the metadata of what is installed. The resolver then knows the base exactly, also where
-    no index has it (`2.13.0+cpu`) or is reachable. Never installed: whatever has the base's version is dropped."""
-    folder.mkdir()
-    for package in installed:
-        stem = f"{package.name.replace('-', '_')}-{package.version}"
-        with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"{stem}.dist-info/METADATA", _metadata(package))
-            wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{stem}.dist-info/RECORD", "")
-
-
-def _metadata(package: Installed) -> str:
-    lines = ["Metadata-Version: 2.1", f"Name: {package.name}", f"Version: {package.version}"]
-    lines += [f"Provides-Extra: {extra}" for extra in package.extras]
-    lines += [f"Requires-Dist: {requirement}" for requirement in package.requires]
-    return "\n".join(lines) + "\n"
 
 
 def _resolved(package: dict[str, Any]) -> Resolved:

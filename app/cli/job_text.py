@@ -84,7 +84,7 @@ def result(job: dict[str, Any]) -> RenderableType:
         took = span(job["finished_at"] - job["started_at"])
     return pairs(
         [
-            ("succeeded", model),
+            ("succeeded", model or job["id"]),
             ("took", took),
             ("numbers", memory_line(job.get("actual"))),
             ("look at it", f"heliostat models show {model}" if model else None),

@@ -169,7 +169,8 @@ def _take_slots(session: Session, job: Job, placement: Placement, kinds: dict[st
     for node, slots in sorted(placement.nodes.items()):  # in one order everywhere: two grants cannot deadlock
         lease = {"node": node, "slots": list(slots), "kind": kinds.get(node, ""), "epoch": job.epoch}
         session.execute(insert(Lease).values(**mine, **lease, tenant_id=job.tenant_id, expires_at=expires_at))
-        session.execute(insert(LeaseSlot), [{**mine, "node": node, "slot": slot} for slot in sorted(slots)])
+        rows = [{**mine, "node": node, "slot": slot} for slot in sorted(slots)]
+        session.execute(insert(LeaseSlot).values(rows))
 
 
 def _made_progress(session: Session, job: Job) -> bool:

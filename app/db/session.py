@@ -47,7 +47,7 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
         """As `platform`, but every read sees the same moment; for reading only. Raises `Unavailable`."""
-        with errors_of_the_house(), Session(self._frozen) as session, session.begin():
+        with errors_of_the_house(), Session(self._frozen, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ async def _parsed(request: Request, max_bytes: int) -> FormData:
         ) from None
 
 
-async def _limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > max_bytes + ENVELOPE_BYTES:
         raise _too_large(max_bytes)
@@ -92,11 +92,16 @@ def _upload(form: FormData) -> Upload:
     unknown = sorted(set(form) - set(FIELDS))
     if unknown:
         raise InvalidRequest(
-            f"unknown form field {unknown[0][:80]!r}", code="unknown_field", param=unknown[0][:80], hint=f"Known: {FIELDS}."
+            f"unknown form field {unknown[0][:80]!r}",
+            code="unknown_field",
+            param=unknown[0][:80],
+            hint=f"Known: {FIELDS}.",
         )
     file = form.get("file")
     if not isinstance(file, UploadFile):
-        raise InvalidRequest("the form has no file", code="missing_field", param="file", hint="Send a part named `file`.")
+        raise InvalidRequest(
+            "the form has no file", code="missing_field", param="file", hint="Send a part named `file`."
+        )
     return Upload(
         file.file, file.filename or "", _text(form, "name"), _text(form, "format") or "auto", _texts(form, "map")
     )

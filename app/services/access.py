@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from app.auth.permissions import PLATFORM_ROLES, require
-from app.auth.verify import Identity
+from app.auth.permissions import PLATFORM_ROLES, Identity, require, require_role
+from app.db.requests import RequestKey
 from app.db.tenants import ensure_tenant
 from app.services.parts import Parts
 from cluster.errors import Forbidden, InvalidRequest

@@ -120,7 +120,9 @@ class DatasetService:
             user = session.scalar(select(JobRow.id).where(_uses(row.id)).limit(1))
             if user is not None:
                 raise Conflict(
-                    f"job {user} still needs this dataset", code="dataset_in_use", hint="Cancel the job, or wait for its end."
+                    f"job {user} still needs this dataset",
+                    code="dataset_in_use",
+                    hint="Cancel the job, or wait for its end.",
                 )
             row.deleted_at = func.now()
             dataset_id = row.id
@@ -151,7 +153,7 @@ def view(row: DatasetRow) -> Dataset:
         max_chars=row.max_chars,
         sha256=row.sha256,
         source_sha256=row.source_sha256,
-        warnings=row.report["warnings"],
+        warnings=row.report.get("warnings", []),
         created_at=int(row.created_at.timestamp()),
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from sqlalchemy import func, select
@@ -14,12 +14,13 @@ from app.db.events import TailCursor, events_of_job, tail_end, tail_of_tenant
 from app.db.models import Checkpoint, Event, Step
 from app.db.repository import Page, PageRequest, Repository
 from app.services.access import Caller
-from app.services.job_view import unix
+from app.services.job_view import STATUS, unix
 from app.services.logs import Log, attempts, open_log
 from app.services.parts import Parts
-from cluster.core.job import TERMINAL
+from cluster.core.job import TERMINAL, JobState
 from cluster.errors import InvalidRequest, Unavailable
 
+T = TypeVar("T")
 BATCH = 200
 LOOK_EVERY_S = 1.0
 """Followers are woken by notifications; this is for a lost one, and for a tail held up by an open transaction."""
@@ -64,20 +65,15 @@ class EventService:
         return [event_view(row) for row in rows[:limit]], len(rows) > limit
 
     async def follow(self, caller: Caller, job_id: str, last_id: str | None) -> AsyncIterator[Message]:
-        """Every event after `last_id`, until the job has ended and all was told."""
+        """Every event after `last_id`, until the job has ended and all was told. Refuses before it begins."""
         tenant, last = caller.may("log:read", job_id), sequence(last_id)
+        await anyio.to_thread.run_sync(self._look, tenant, job_id, last)
+        return self._follow(tenant, job_id, last)
 
-        def look() -> _Batch:
-            with self._parts.database.tenant(tenant) as session:
-                job = Repository(session, tenant).job(job_id)
-                rows = events_of_job(session, job_id, last, BATCH)
-                told = rows[-1].seq if rows else last
-                messages = [Message(str(row.seq), row.type, event_view(row)) for row in rows]
-                return _Batch(messages, job.state in TERMINAL and told >= job.last_seq)
-
+    async def _follow(self, tenant: str, job_id: str, last: int) -> AsyncIterator[Message]:
         with self._parts.changes.follow() as follower:
             while True:
-                batch = await _patiently(look)
+                batch = await _patiently(self._look, tenant, job_id, last)
                 for message in batch.messages:
                     yield message
                     last = int(message.id)
@@ -86,26 +82,37 @@ class EventService:
                 if len(batch.messages) < BATCH:
                     await follower.wait(LOOK_EVERY_S)
 
+    def _look(self, tenant: str, job_id: str, last: int) -> _Batch:
+        with self._parts.database.tenant(tenant) as session:
+            job = Repository(session, tenant).job(job_id)  # first: what is read afterwards holds its last event
+            rows = events_of_job(session, job_id, last, BATCH)
+            told = rows[-1].seq if rows else last
+            messages = [Message(str(row.seq), row.type, event_view(row)) for row in rows]
+            return _Batch(messages, job.state in TERMINAL and told >= job.last_seq)
+
     async def follow_tenant(self, caller: Caller, last_id: str | None) -> AsyncIterator[Message]:
-        """Everything of the tenant from now on, or after `last_id`; endless."""
+        """Everything of the tenant from now on, or after `last_id`; endless. Refuses before it begins."""
         tenant = caller.may("log:read")
-        place = TailCursor.parse(last_id) if last_id else None
+        place = TailCursor.parse(last_id) if last_id else await anyio.to_thread.run_sync(self._present, tenant)
+        return self._follow_tenant(tenant, place)
 
-        def look() -> list[tuple[TailCursor, Message]]:
-            nonlocal place
-            with self._parts.database.tenant(tenant) as session:
-                place = place or tail_end(session)
-                rows = tail_of_tenant(session, tenant, place, BATCH)
-                return [(TailCursor.of(row), Message(str(TailCursor.of(row)), row.type, event_view(row))) for row in rows]
-
+    async def _follow_tenant(self, tenant: str, place: TailCursor) -> AsyncIterator[Message]:
         with self._parts.changes.follow() as follower:
             while True:
-                found = await _patiently(look)
-                for cursor, message in found:
-                    yield message
-                    place = cursor
-                if len(found) < BATCH:
+                rows = await _patiently(self._tail, tenant, place)
+                for row in rows:
+                    place = TailCursor.of(row)
+                    yield Message(str(place), row.type, event_view(row))
+                if len(rows) < BATCH:
                     await follower.wait(LOOK_EVERY_S)
+
+    def _present(self, tenant: str) -> TailCursor:
+        with self._parts.database.tenant(tenant) as session:
+            return tail_end(session)
+
+    def _tail(self, tenant: str, place: TailCursor) -> Sequence[Event]:
+        with self._parts.database.tenant(tenant) as session:
+            return tail_of_tenant(session, tenant, place, BATCH)
 
     def metrics(self, caller: Caller, job_id: str, points: int) -> dict[str, Any]:
         """At most `points` steps, evenly spread, the first and the last among them; and all evaluations."""
@@ -143,27 +150,29 @@ class EventService:
 
     async def follow_log(self, caller: Caller, place: LogPlace) -> AsyncIterator[Message]:
         """Lines from the place on; the id of each is the offset behind it. Ends with its attempt."""
-        log, attempt, offset = await anyio.to_thread.run_sync(self.log, caller, place)
-        place = LogPlace(place.job_id, attempt, place.rank)
-        held = b""
+        _, attempt, offset = await anyio.to_thread.run_sync(self.log, caller, place)
+        return self._follow_log(caller, LogPlace(place.job_id, attempt, place.rank, offset))
 
-        def look() -> tuple[bytes, bool]:
-            over = self._attempt_over(caller, place.job_id, attempt)  # before the read: what it wrote last is read too
-            log, _, _ = self.log(caller, place)
-            return b"".join(log.read(offset + len(held))), over
-
+    async def _follow_log(self, caller: Caller, place: LogPlace) -> AsyncIterator[Message]:
+        offset, held, last_round = place.offset, b"", False
         while True:
-            new, over = await _patiently(look)
+            new, over = await _patiently(self._written, caller, place, offset + len(held))
             *lines, held = (held + new).split(b"\n")
-            if over and held:
+            if last_round and held:
                 lines, held = [*lines, held], b""
             for line in lines:
                 offset += len(line) + 1
-                text = line.decode("utf-8", errors="replace")
-                yield Message(str(offset), "log", {"line": text, "offset": offset, "attempt": attempt, "rank": place.rank})
-            if over:
+                yield Message(str(offset), "log", {"line": line.decode(errors="replace"), "offset": offset})
+            if last_round:
                 return
+            last_round = over  # the last segment may be stored a moment after the end: look once more
             await anyio.sleep(LOOK_EVERY_S)
+
+    def _written(self, caller: Caller, place: LogPlace, offset: int) -> tuple[bytes, bool]:
+        """What is there from `offset` on, and whether the attempt is over."""
+        over = self._attempt_over(caller, place.job_id, place.attempt or 0)
+        log, _, _ = self.log(caller, place)
+        return b"".join(log.read(offset)), over
 
     def _attempt_over(self, caller: Caller, job_id: str, attempt: int) -> bool:
         with self._parts.database.tenant(caller.tenant) as session:
@@ -171,11 +180,11 @@ class EventService:
             return job.state in TERMINAL or job.attempt > attempt
 
 
-async def _patiently(look: Any) -> Any:
+async def _patiently(look: Callable[..., T], *given: Any) -> T:
     """While the database is down a stream stays open: its heartbeat goes on, and what was missed comes later."""
     while True:
         try:
-            return await anyio.to_thread.run_sync(look)
+            return await anyio.to_thread.run_sync(look, *given)
         except Unavailable:
             await anyio.sleep(LOOK_EVERY_S)
 
@@ -212,10 +221,16 @@ def event_view(row: Event) -> dict[str, Any]:
         "type": row.type,
         "level": row.level,
         "message": row.message,
-        "data": row.data,
+        "data": _data(row),
         "attempt": row.attempt,
         "created_at": unix(row.created_at),
     }
+
+
+def _data(row: Event) -> dict[str, Any]:
+    """A change of state is also told in the words of the API."""
+    to = row.data.get("to")
+    return {**row.data, "status": STATUS[JobState(to)]} if row.type == "state" and to else row.data
 
 
 def checkpoint_view(row: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ FIELDS_NOT_YET = ("validation_split", "budget", "entrypoint")
 
 def method_and_type(request: FinetuneRequest) -> tuple[str, str]:
     """`lora`, `qlora` and `full` are also accepted as `method`. Raises `InvalidRequest`."""
-    method, training_type = str(request.method), request.training_type
+    method, training_type = str(request.method), str(request.training_type or "") or None
     if method in ("lora", "qlora", "full"):
         if training_type not in (None, method):
             raise InvalidRequest(
@@ -23,7 +23,7 @@ def method_and_type(request: FinetuneRequest) -> tuple[str, str]:
                 param="training_type",
                 hint="Give training_type only.",
             )
-        method, training_type = "sft", request.method
+        method, training_type = "sft", method
     training_type = training_type or "lora"
     if method != "sft":
         raise _unsupported("method", method, "sft")
@@ -36,7 +36,7 @@ def method_and_type(request: FinetuneRequest) -> tuple[str, str]:
             param="task",
             hint="Use task causal_lm, with the label as the completion.",
         )
-    return method, str(training_type)
+    return method, training_type
 
 
 def _unsupported(field: str, value: str, instead: str) -> InvalidRequest:
@@ -58,12 +58,16 @@ def refuse_what_is_not_there(request: FinetuneRequest) -> None:
             f"{named[0]} is not supported by this version",
             code="unsupported_field",
             param=named[0],
-            hint="Leave it out." if named[0] != "validation_split" else "Upload the rows as a dataset of their own "
-            "and name it in validation_dataset_id.",
+            hint="Leave it out."
+            if named[0] != "validation_split"
+            else "Upload the rows as a dataset of their own and name it in validation_dataset_id.",
         )
     if "beta" in asked:
         raise InvalidRequest(
-            "beta belongs to the method dpo", code="invalid_value", param="hyperparams.beta", hint="Leave it out for sft."
+            "beta belongs to the method dpo",
+            code="invalid_value",
+            param="hyperparams.beta",
+            hint="Leave it out for sft.",
         )
 
 

@@ -41,13 +41,17 @@ class Plan:
         """Beside memory: how much there is to do."""
         epochs = self.hyperparams.epochs
         steps = epochs * math.ceil(self.dataset.rows / self.hyperparams.batch_size)
-        chars = self.dataset.report["chars"]["total"]
+        chars = self.dataset.report.get("chars", {}).get("total", 0)
         return {
             **self.choice.estimate.as_dict(),
             "steps": min(steps, self.hyperparams.max_steps or steps),
             "rows": self.dataset.rows,
             "tokens": epochs * chars // CHARS_PER_TOKEN,
         }
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.choice.warnings, *self.dataset.report.get("warnings", [])]
 
     def hyperparams_dict(self) -> dict[str, Any]:
         return asdict(self.hyperparams)

@@ -65,7 +65,8 @@ def read_around(session: Session, jobs: Sequence[JobRow], positions: dict[str, i
     return Around(
         base_models={row.id: row.name for row in session.scalars(select(BaseModel).where(BaseModel.id.in_(bases)))},
         datasets={
-            row.id: f"{row.name}@{row.version}" for row in session.scalars(select(Dataset).where(Dataset.id.in_(datasets)))
+            row.id: f"{row.name}@{row.version}"
+            for row in session.scalars(select(Dataset).where(Dataset.id.in_(datasets)))
         },
         environments={
             row.id: f"{row.name}@{row.version}"

@@ -48,9 +48,7 @@ class JobService:
             assert once.response is not None  # a replay brings its own
             return once.response
 
-    def _create(
-        self, session: Session, caller: Caller, request: FinetuneRequest, default: SolvedEnvironment
-    ) -> JobRow:
+    def _create(self, session: Session, caller: Caller, request: FinetuneRequest, default: SolvedEnvironment) -> JobRow:
         plan = make_plan(session, caller.tenant, request, self._parts.settings)
         _check_quota(session, caller.tenant, plan)
         job = _row(caller, request, plan)
@@ -59,7 +57,7 @@ class JobService:
         session.add(job)
         session.flush()
         append_event(session, job.id, NewEvent("created", "the request was accepted", data={"request": job.request}))
-        for warning in (*plan.choice.warnings, *plan.dataset.report["warnings"]):
+        for warning in plan.warnings:
             append_event(session, job.id, NewEvent("warning", warning, "warn"))
         transition(session, job, Change(JobState.QUEUED, "waits for its turn"))
         session.flush()
@@ -80,7 +78,7 @@ class JobService:
             hyperparams=plan.hyperparams_dict(),
             shape=plan.shape_dict(),
             estimate=plan.estimate(),
-            warnings=[*plan.choice.warnings, *plan.dataset.report["warnings"]],
+            warnings=plan.warnings,
         )
 
     def page(self, caller: Caller, request: PageRequest, status: str | None) -> Page[Job]:

@@ -29,7 +29,9 @@ class Choice:
     warnings: tuple[str, ...] = ()
 
 
-def choose(asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, training: Training, fallback: bool) -> Choice:
+def choose(
+    asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, training: Training, fallback: bool
+) -> Choice:
     """`fallback`: a kind that is not here gives way to what is. Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
     _refuse_elsewhere(asked)
     kinds = kinds_of(asked.gpu_type)

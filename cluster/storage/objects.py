@@ -57,9 +57,8 @@ class ObjectStore:
         try:
             yield sink
         except BaseException:
-            if self._local:  # on S3 an unfinished upload never becomes an object
-                sink.close()
-                self._fs.delete_file(aside)
+            sink.close()  # completes an upload to S3, which pyarrow cannot abort (and would complete when it is collected)
+            self._fs.delete_file(aside)
             raise
         sink.close()
         if self._local:

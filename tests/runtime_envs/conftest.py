@@ -11,7 +11,7 @@ from runtime_envs.materialize import HostEnvironments
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """greeter 1.0 and 2.0; polite needs greeter<2; six 1.0 overrides the platform's; big has 300 modules."""
+    """greeter 1.0 and 2.0; polite needs greeter<2; six 1.0 overrides the platform's; big has 100 modules."""
     folder = tmp_path_factory.mktemp("wheels")
     write_wheel(folder, "greeter", "1.0")
     write_wheel(folder, "greeter", "2.0")
@@ -22,16 +22,16 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wheel(folder, "torch", "2.5.0")
     write_wheel(folder, "huggingface_hub", "0.1")
     write_wheel(
-        folder, "big", "1.0", files={f"big/m{i}.py": f"VALUE = {i}\n" for i in range(300)} | {"big/__init__.py": ""}
+        folder, "big", "1.0", files={f"big/m{i}.py": f"VALUE = {i}\n" for i in range(100)} | {"big/__init__.py": ""}
     )
     write_wheel(folder, "starter", "1.0", files={"starter.pth": "import os; os.environ['STARTER_RAN'] = '1'\n"})
     write_wheel(folder, "hijack", "1.0", files={"hijack-1.0.data/data/pyvenv.cfg": "home = /nowhere\n"})
     return folder
 
 
-@pytest.fixture
-def index(wheels: Path, tmp_path: Path) -> PipIndex:
-    return PipIndex(find_links=(str(wheels),), offline=True, cache_dir=tmp_path / "solve-cache")
+@pytest.fixture(scope="session")
+def index(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> PipIndex:
+    return PipIndex(find_links=(str(wheels),), offline=True, cache_dir=tmp_path_factory.mktemp("solve-cache"))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def set_up(fingerprint: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
                 {PLUGIN_NAME: fingerprint}, plugin.class_instance, plugin.uri_cache, context, logging.getLogger("test")
             )
         )
-    return context.env_vars
+    return dict(context.env_vars)
 
 
 def test_the_worker_is_told_where_its_environment_is(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import tarfile
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_naming_what_the_base_has_is_the_default_environment(index: PipIndex) ->
     assert solve(environment_yml("torch", "transformers>=4.45"), index=index).lock == default_lock()
 
 
+def test_solving_again_leaves_no_more_behind(index: PipIndex, tmp_path: Path) -> None:
+    fresh = replace(index, cache_dir=tmp_path)
+
+    def files_after_a_solve() -> int:
+        solve(environment_yml("greeter"), index=fresh)
+        return sum(path.is_file() for path in tmp_path.rglob("*"))
+
+    assert files_after_a_solve() == files_after_a_solve()
+
+
 def test_the_fingerprint_is_of_the_contents(index: PipIndex) -> None:
     first = solve(environment_yml("greeter", "polite"), index=index)
     second = solve(environment_yml("polite==1.0", "greeter<2", name="other"), index=index)
@@ -123,7 +134,7 @@ def test_the_fingerprint_is_of_the_contents(index: PipIndex) -> None:
 
 
 def test_other_contents_under_the_same_version_are_another_environment(tmp_path: Path) -> None:
-    fingerprints = set()
+    fingerprints: set[str] = set()
     for text in ("A = 1\n", "A = 2\n"):
         folder = tmp_path / str(len(fingerprints))
         folder.mkdir()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_envs.errors import INVALID, UNSUPPORTED, EnvironmentProblem
@@ -143,6 +143,7 @@ def test_too_large_and_too_deep() -> None:
     assert "more than" in problem("name: x\ndependencies:\n" + "".join(f"  - p{i}\n" for i in range(600))).message
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_is_read_or_refused(text: str) -> None:
     for candidate in (

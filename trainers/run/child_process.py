@@ -8,7 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +53,14 @@ class Child:
 Spawn = Callable[[WorkerTask], Child]
 
 
-def spawn(task: WorkerTask) -> Child:
-    """To be called from a thread that lives as long as the job: a parent-death signal follows the thread."""
+def spawn(task: WorkerTask, command: Sequence[str] = LAUNCHER) -> Child:
+    """`command`: the arguments of the tenant's Python. To be called from a thread that lives as long as the job: a
+    parent-death signal follows the thread."""
     ours, theirs = pair()
     reading, writing = os.pipe()
     try:
         process = subprocess.Popen(  # it outlives this function
-            [task.python, *LAUNCHER],
+            [task.python, *command],
             env=environment(task, theirs.fileno()),
             cwd=_folder(Path(task.scratch) / "work"),
             stdin=subprocess.DEVNULL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -30,10 +30,13 @@ def nodes(session: Session) -> None:
     session.out.show(page, lambda: _drawn(page["data"], empty="no node has reported yet"))
 
 
-def gpus(session: Session) -> None:
-    """Accelerator kinds that a job may ask for here."""
+def gpus(
+    session: Session, all: Annotated[bool, typer.Option("--all", help="Also kinds that no node has.")] = False
+) -> None:
+    """Accelerator kinds that a job may ask for."""
     page = session.client().get("/gpu-types")
-    session.out.show(page, lambda: _drawn(page["data"], empty="no accelerators"))
+    page["data"] = [kind for kind in page["data"] if all or kind["available"]]
+    session.out.show(page, lambda: _drawn(page["data"], empty="none here; --all lists every name"))
 
 
 HIDDEN = frozenset({"object", "environments", "models"})

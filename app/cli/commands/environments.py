@@ -52,6 +52,7 @@ def _drawn(environment: dict[str, Any]) -> RenderableType:
         [
             ("id", environment.get("id")),
             ("name", f"{environment['name']}@{environment['version']}"),
+            ("python", environment.get("python")),
             ("fingerprint", environment.get("fingerprint")),
             ("dependency md5", environment.get("dependency_md5")),
             ("created", ago(environment.get("created_at"))),
@@ -85,9 +86,11 @@ def show(session: Session, ref: Ref) -> None:
 @command(app, "diff")
 def diff(session: Session, a: Ref, b: Ref) -> None:
     """What B has that A has not, and the other way round."""
-    changes = session.client().get(f"/environments/{a}", against=b)
-    changes = changes.get("diff", changes)
-    session.out.show(changes, lambda: pairs(changes.items()) if any(changes.values()) else "no difference")
+    changes = session.client().get(f"/environments/{a}", against=b)["diff"]
+    rows = [
+        (one["name"], one["before"], one["after"]) for kind in ("added", "removed", "changed") for one in changes[kind]
+    ]
+    session.out.show(changes, lambda: table(("package", a, b), rows, empty="no difference"))
 
 
 @command(app, "rm")

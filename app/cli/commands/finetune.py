@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from app.cli.client import given
 from app.cli.command import command
 from app.cli.commands import watch
-from app.cli.output import cell, pairs
+from app.cli.job_text import memory_line
+from app.cli.output import clean, pairs
 from app.cli.session import Session
 from app.cli.units import assignments, scalar, seconds_of
 from cluster.errors import InvalidRequest
@@ -87,9 +90,7 @@ def finetune(session: Session, how: How, what: What, where: Where) -> None:
     client = session.client()
     if how.dry_run:
         estimate = client.post("/finetune/estimate", body)
-        session.out.show(
-            estimate, lambda: pairs((key.replace("_", " "), cell(value)) for key, value in estimate.items())
-        )
+        session.out.show(estimate, lambda: _estimated(estimate))
         return
     job = client.post("/finetune", body)
     if how.watch:
@@ -101,6 +102,12 @@ def finetune(session: Session, how: How, what: What, where: Where) -> None:
             [("job", job["id"]), ("status", job["status"]), ("look on", f"heliostat jobs watch {job['id']}")]
         ),
     )
+
+
+def _estimated(estimate: dict[str, Any]) -> RenderableType:
+    told = {**estimate, "estimate": memory_line(estimate.get("estimate")), "warnings": None, "object": None}
+    warnings = (Text(f"warning: {clean(warning)}", "yellow") for warning in estimate.get("warnings", []))
+    return Group(pairs((key.replace("_", " "), value) for key, value in told.items()), *warnings)
 
 
 def body_of(what: What, where: Where) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def explain(session: Session, id: Id) -> None:
 def _lines(value: Any) -> str | None:
     if value is None:
         return None
-    return "\n".join(cell(item) for item in value) if isinstance(value, list) else cell(value)
+    if not isinstance(value, list):
+        return cell(value)
+    return "\n".join(cell(item["message"] if isinstance(item, dict) and "message" in item else item) for item in value)
 
 
 def _steer(verb: str, help: str) -> None:

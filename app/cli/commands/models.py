@@ -39,7 +39,7 @@ def show(session: Session, ref: Ref) -> None:
     """A model, its versions and where each came from."""
     client = session.client()
     model = client.get(f"/models/{ref}")
-    versions = client.pages(f"/models/{ref.partition('@')[0]}/versions")
+    versions = client.pages(f"/models/{model['name']}/versions")
     session.out.show({**model, "versions": versions}, lambda: _drawn(model, versions))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import typer
 from rich.live import Live
 
-from app.cli.errors import DETACHED, DONE, JOB_CANCELLED, JOB_FAILED
+from app.cli.client import Client
+from app.cli.errors import DETACHED, DONE, JOB_CANCELLED, JOB_FAILED, ServiceError, Unreachable
 from app.cli.job_text import event_line, failure, result
 from app.cli.progress import Progress
 from app.cli.session import Session
@@ -44,10 +45,23 @@ def _look_on(session: Session, job: dict[str, Any]) -> dict[str, Any]:
             for event in stream.read():
                 progress.absorb(event)
                 draw(event)
-            progress.job = client.get(path)
+            progress.job = _now(client, path, progress.job)
             if progress.job["status"] in TERMINAL:
                 return progress.job
             time.sleep(REOPEN_S)
+
+
+def _now(client: Client, path: str, before: dict[str, Any]) -> dict[str, Any]:
+    """The job, or what we knew of it while the service is down: the stream has the patience to wait for it."""
+    try:
+        now: dict[str, Any] = client.get(path)
+    except Unreachable:
+        return before
+    except ServiceError as error:
+        if error.status < 500:
+            raise
+        return before
+    return now
 
 
 def _screen(session: Session, progress: Progress) -> Any:

@@ -18,12 +18,17 @@ from cluster.errors import Conflict
 FAST = {"fsync": "off", "shared_buffers": "16MB", "max_connections": "20"}
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(tmp_path / "pg", FAST)
-    server.start()
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("embedded") / "pg", FAST)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def server(one_server: EmbeddedPostgres) -> EmbeddedPostgres:
+    one_server.start()
+    return one_server
 
 
 def _count(server: EmbeddedPostgres) -> int:
@@ -33,7 +38,7 @@ def _count(server: EmbeddedPostgres) -> int:
         return int(row[0])
 
 
-def test_data_survives_sigkill_and_a_server_left_behind(server: EmbeddedPostgres, tmp_path: Path) -> None:
+def test_data_survives_sigkill_and_a_server_left_behind(server: EmbeddedPostgres) -> None:
     with psycopg.connect(server.dsn()) as connection:
         connection.execute("CREATE TABLE t AS SELECT 1 AS x")
     assert server.pid is not None
@@ -42,12 +47,12 @@ def test_data_survives_sigkill_and_a_server_left_behind(server: EmbeddedPostgres
     deadline = time.monotonic() + 10
     while server.pid is not None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (tmp_path / "pg" / "data" / "postmaster.pid").exists()
+    assert (server.folder / "data" / "postmaster.pid").exists()
     server.start()  # over the stale pid file
     assert _count(server) == 1
 
     left_behind = psutil.Process(server.pid)
-    successor = EmbeddedPostgres(tmp_path / "pg", FAST)
+    successor = EmbeddedPostgres(server.folder, FAST)
     successor.start()  # as a new supervisor would
     assert not left_behind.is_running() or left_behind.status() == psutil.STATUS_ZOMBIE
     assert _count(successor) == 1

@@ -1,0 +1,64 @@
+"""Makes the HTTP application from its parts. Knows no Ray: what it changes are rows, and others act on them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+
+from app import errors
+from app.auth.issuer import Issuer
+from app.db.session import Database
+from app.middleware import RequestContext
+from app.routes import cluster, datasets, environments, events, finetune, health, models
+from app.schemas.common import ErrorBody
+from app.services.changes import Changes
+from app.services.parts import Parts, SolvedEnvironment
+from app.services.services import Services, Verifier
+from app.settings import Settings
+from cluster.storage.objects import ObjectStore
+from runtime_envs.lock import solve
+
+API = "/api/v1"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 500, 503)
+}
+
+
+@dataclass(frozen=True)
+class AppParts:
+    """`issuer` None: tokens come from elsewhere. `solve`: environment.yml → lock."""
+
+    settings: Settings
+    database: Database
+    storage: ObjectStore
+    verifier: Verifier
+    issuer: Issuer | None = None
+    solve: Callable[[str], SolvedEnvironment] = field(default=solve)
+
+
+def create_app(parts: AppParts) -> FastAPI:
+    services = Services(
+        Parts(parts.settings, parts.database, parts.storage, Changes(parts.database.dsn), parts.solve),
+        parts.verifier,
+        parts.issuer,
+    )
+    app = FastAPI(title="Heliostat", version="1", lifespan=_lifespan, responses=ERRORS)
+    app.state.services = services
+    app.add_middleware(RequestContext, max_body_bytes=parts.settings.http.max_body_bytes)
+    errors.install(app)
+    api = APIRouter(prefix=API)
+    for module in (events, finetune, datasets, environments, models, cluster):
+        api.include_router(module.router)
+    app.include_router(api)
+    app.include_router(health.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.services.close()

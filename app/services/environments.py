@@ -1,0 +1,123 @@
+"""Environments: an environment.yml becomes a version of its name, with a lock. Old jobs keep the version they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.db import ids
+from app.db.models import Environment
+from app.db.models import Job as JobRow
+from app.db.repository import Page, PageRequest, Repository
+from app.db.requests import idempotent
+from app.services.access import Caller, Repeat
+from app.services.job_view import unix
+from app.services.parts import Parts, SolvedEnvironment
+from cluster.core.job import TERMINAL
+from cluster.errors import Conflict, InvalidRequest
+from runtime_envs.edit import add_packages, diff
+from runtime_envs.spec import parse_spec
+
+
+class EnvironmentService:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def create(self, caller: Caller, spec: str, repeat: Repeat) -> dict[str, Any]:
+        """Solves it (seconds), then the row. The newest version with the same text and lock is the answer as it is."""
+        tenant = caller.may("model:train")
+        return self._save(tenant, spec, repeat)
+
+    def update(self, caller: Caller, ref: str, change: dict[str, Any], repeat: Repeat) -> dict[str, Any]:
+        """A new version of the name: from a whole new `spec`, or with the packages in `add`. Raises `InvalidRequest`."""
+        tenant = caller.may("model:train", ref)
+        row = self._row(tenant, ref)
+        spec = change.get("spec") or add_packages(row.spec, change.get("add") or [])
+        named = parse_spec(spec).name
+        if named != row.name:
+            raise InvalidRequest(
+                f"the file's name is {named}, the environment's {row.name}",
+                code="environment_name_differs",
+                param="spec",
+                hint=f"Write `name: {row.name}`, or create {named} as an environment of its own.",
+            )
+        return self._save(tenant, spec, repeat)
+
+    def _save(self, tenant: str, spec: str, repeat: Repeat) -> dict[str, Any]:
+        name = parse_spec(spec).name
+        solved = self._parts.solve(spec)  # outside of the transaction: it may take long
+        with self._parts.database.tenant(tenant) as session, idempotent(session, repeat.by(tenant)) as once:
+            if once.replay is None:
+                row = _insert(session, Environment(tenant_id=tenant, name=name, spec=spec), solved)
+                once.answer(201, environment_view(row, whole=True))
+            assert once.response is not None  # a replay brings its own
+            return once.response
+
+    def page(self, caller: Caller, request: PageRequest, name: str | None) -> Page[Environment]:
+        tenant = caller.may("model:read")
+        conditions = () if name is None else (Environment.name == name,)
+        with self._parts.database.tenant(tenant) as session:
+            return Repository(session, tenant).page(Environment, request, *conditions)
+
+    def get(self, caller: Caller, ref: str, against: str | None) -> dict[str, Any]:
+        """`against`: another environment; the answer then holds `diff`, from this one to it."""
+        tenant = caller.may("model:read", ref)
+        shown = environment_view(self._row(tenant, ref), whole=True)
+        if against is None:
+            return shown
+        other = self._row(tenant, against)
+        return {**shown, "diff": diff(shown["lock"], other.lock).as_dict()}
+
+    def delete(self, caller: Caller, ref: str) -> str:
+        """Raises `Conflict` while a job that has not ended uses it."""
+        tenant = caller.may("model:delete", ref)
+        with self._parts.database.tenant(tenant) as session:
+            row = Repository(session, tenant).environment(ref)
+            using = JobRow.environment_id == row.id, JobRow.state.not_in([str(state) for state in TERMINAL])
+            user = session.scalar(select(JobRow.id).where(*using).limit(1))
+            if user is not None:
+                raise Conflict(
+                    f"job {user} still uses this environment",
+                    code="environment_in_use",
+                    hint="Cancel the job, or wait for its end.",
+                )
+            row.deleted_at = func.now()
+            return row.id
+
+    def _row(self, tenant: str, ref: str) -> Environment:
+        with self._parts.database.tenant(tenant) as session:
+            return Repository(session, tenant).environment(ref)
+
+
+def _insert(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
+    repository = Repository(session, row.tenant_id)
+    number = repository.next_version(Environment, row.name)
+    newest = repository.page(Environment, PageRequest(limit=1), Environment.name == row.name).data
+    if newest and (newest[0].spec, newest[0].fingerprint) == (row.spec, solved.fingerprint):
+        return newest[0]
+    row.id, row.version = ids.new_id(ids.ENVIRONMENT), number
+    row.lock, row.fingerprint, row.dependency_md5 = solved.lock, solved.fingerprint, solved.dependency_md5
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def environment_view(row: Environment, *, whole: bool) -> dict[str, Any]:
+    shown = {
+        "id": row.id,
+        "object": "environment",
+        "name": row.name,
+        "version": row.version,
+        "ref": f"{row.name}@{row.version}",
+        "status": "ready",
+        "base": row.lock["base"]["name"],
+        "python": row.lock["python"],
+        "fingerprint": row.fingerprint,
+        "dependency_md5": row.dependency_md5,
+        "packages": [{"name": one["name"], "version": one["version"]} for one in row.lock["pip"]],
+        "created_at": unix(row.created_at),
+    }
+    return {**shown, "spec": row.spec, "lock": row.lock} if whole else shown

@@ -1,0 +1,231 @@
+"""POST /finetune: what is accepted, what is refused and how that is said, and that it happens once."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from builders_api import LLAMA_7B, Api, jsonl, upload
+from builders_db import make_base_model, make_node
+from sqlalchemy import func, select, update
+
+from app.db.models import BaseModel, Event, Job, Node, Tenant
+
+AS_DOCUMENTED = b"""{"tenant_id":"user_456","base_model":"llama-7b","dataset_id":"legal_docs_2024",
+ "hyperparams":{"lr":3e-5,"batch_size":8,"epochs":3},
+ "resource_config":{"gpu_type":"A100","mem_limit_gb":48}}
+"""
+MINIMAL = {"base_model": "tiny", "dataset_id": "rows"}
+
+
+def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, which has all that every error has."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert {"message", "type", "param", "code", "hint", "request_id"} <= error.keys()
+    assert error["message"] and error["request_id"] == answer.headers["x-request-id"]
+    return error
+
+
+def test_the_documented_request_is_accepted_byte_for_byte(api: Api) -> None:
+    with api.database.platform() as session:
+        make_node(session, "gpu-1", kind="A100-80GB", slots=8, memory_gb=79.0)
+        make_base_model(session, "llama-7b", config=LLAMA_7B, parameters=6_738_415_616)
+    with api.client("user_456") as client:
+        assert upload(client, jsonl({"text": "w " * 20_000}), "legal_docs_2024").status_code == 201
+        answer = client.post("/finetune", content=AS_DOCUMENTED, headers={"content-type": "application/json"})
+        assert answer.status_code == 202, answer.text
+        job = answer.json()
+        assert answer.headers["location"] == f"/api/v1/finetune/{job['id']}"
+        assert client.get(f"/finetune/{job['id']}").json()["status"] == "queued"
+    assert job["status"] == "queued" and job["tenant_id"] == "user_456"
+    assert job["estimate"]["memory_gb"] < 48 < job["estimate"]["rule_memory_gb"]
+    assert job["hyperparams"]["lr"] == 3e-5 and job["hyperparams"]["lora_r"] == 16
+    assert (job["training_type"], job["estimate"]["slots"]) == ("lora", 1)
+
+
+def test_row_lock_and_first_events_are_there_at_once(api: Api, acme: httpx.Client) -> None:
+    job = acme.post("/finetune", json=MINIMAL).json()
+    with api.database.platform() as session:
+        row = session.get_one(Job, job["id"])
+        assert (row.state, row.lock["base"]["name"], len(row.fingerprint)) == ("queued", "host", 64)
+        types = session.scalars(select(Event.type).where(Event.job_id == row.id).order_by(Event.seq)).all()
+    assert types == ["created", "state"]
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"learning_rate": 1e-3}, "lr", 1e-3),
+        ({"n_epochs": 2}, "epochs", 2),
+        ({"num_train_epochs": 4}, "epochs", 4),
+        ({"r": 8}, "lora_r", 8),
+        ({"max_length": 128}, "max_seq_len", 128),
+        ({"lr": "auto", "epochs": None}, "lr", 2e-4),
+    ],
+)
+def test_synonyms_and_defaults(acme: httpx.Client, given: dict[str, Any], field: str, value: Any) -> None:
+    answer = acme.post("/finetune/estimate", json={**MINIMAL, "hyperparams": given})
+    assert answer.json()["hyperparams"][field] == value
+
+
+def test_full_training_has_a_lower_default_rate(acme: httpx.Client) -> None:
+    for body in ({"training_type": "full"}, {"method": "full"}):
+        estimate = acme.post("/finetune/estimate", json={**MINIMAL, **body}).json()
+        assert (estimate["training_type"], estimate["hyperparams"]["lr"]) == ("full", 2e-5)
+
+
+BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"hyperparams": {"lrr": 1}}, 422, "unknown_field", "hyperparams.lrr"),
+    ({"basemodel": "x"}, 422, "unknown_field", "basemodel"),
+    ({"resource_config": {"gputype": "A100"}}, 422, "unknown_field", "resource_config.gputype"),
+    ({"hyperparams": {"lr": -1}}, 422, "invalid_value", "hyperparams.lr"),
+    ({"hyperparams": {"lr": "fast"}}, 422, "invalid_value", "hyperparams.lr"),
+    ({"hyperparams": {"epochs": 0}}, 422, "invalid_value", "hyperparams.epochs"),
+    ({"hyperparams": {"epochs": 1.5}}, 422, "invalid_value", "hyperparams.epochs"),
+    ({"hyperparams": {"epochs": True}}, 422, "invalid_value", "hyperparams.epochs"),
+    ({"hyperparams": {"lr": 1e-3, "learning_rate": 1e-4}}, 422, "invalid_value", "hyperparams.learning_rate"),
+    ({"hyperparams": {"packing": True}}, 422, "unsupported_field", "hyperparams.packing"),
+    ({"hyperparams": {"beta": 0.1}}, 422, "invalid_value", "hyperparams.beta"),
+    ({"method": "dpo"}, 422, "unsupported_method", "method"),
+    ({"method": "custom"}, 422, "unsupported_method", "method"),
+    ({"method": "qlora"}, 422, "unsupported_method", "training_type"),
+    ({"method": "lora", "training_type": "full"}, 422, "conflicting_fields", "training_type"),
+    ({"training_type": "qlora"}, 422, "unsupported_method", "training_type"),
+    ({"task": "sequence_classification"}, 422, "unsupported_task", "task"),
+    ({"validation_split": 0.1}, 422, "unsupported_field", "validation_split"),
+    ({"budget": {"gpu_hours": 1}}, 422, "unsupported_field", "budget"),
+    ({"base_model": "nope"}, 404, "base_model_not_found", "base_model"),
+    ({"dataset_id": "nope"}, 404, "dataset_not_found", "dataset_id"),
+    ({"validation_dataset_id": "nope"}, 404, "dataset_not_found", "validation_dataset_id"),
+    ({"environment": "nope"}, 404, "environment_not_found", "environment"),
+    ({"tenant_id": "rival"}, 403, "wrong_tenant", "tenant_id"),
+    ({"resource_config": {"gpu_type": "B1000"}}, 422, "unknown_gpu_type", "resource_config.gpu_type"),
+    ({"resource_config": {"gpu_type": "a100"}}, 422, "gpu_type_unavailable", "resource_config.gpu_type"),
+    (
+        {"base_model": "big", "resource_config": {"mem_limit_gb": 1}},
+        422,
+        "memory_limit_too_small",
+        "resource_config.mem_limit_gb",
+    ),
+    ({"base_model": "big"}, 422, "does_not_fit", "resource_config"),
+    ({"resource_config": {"num_gpus": 64}, "hyperparams": {"batch_size": 64}}, 422, "does_not_fit", "resource_config"),
+    ({"resource_config": {"num_nodes": 2}}, 422, "unsupported_num_nodes", "resource_config.num_nodes"),
+    ({"resource_config": {"market": "spot"}}, 422, "market_unavailable", "resource_config.market"),
+    ({"resource_config": {"region": "mars"}}, 422, "region_unavailable", "resource_config.region"),
+    ({"resource_config": {"num_gpus": 2}, "hyperparams": {"batch_size": 1}}, 422, "invalid_value", None),
+    ({"metadata": {"a": "\0"}}, 422, "invalid_value", "metadata.a"),
+    ({"output_model": "No Such Name"}, 422, "invalid_value", "output_model"),
+]
+
+
+@pytest.mark.timeout(120)
+def test_bad_requests_are_refused_with_the_field_and_a_hint(api: Api, acme: httpx.Client) -> None:
+    for change, status, code, param in BAD:
+        error = refused(acme.post("/finetune", json={**MINIMAL, **change}), status)
+        assert error["code"] == code, (change, error)
+        assert param is None or error["param"] == param, (change, error)
+    with api.database.platform() as session:
+        assert session.scalar(select(func.count()).select_from(Job)) == 0
+
+
+def test_an_unknown_key_says_what_may_have_been_meant(acme: httpx.Client) -> None:
+    error = refused(acme.post("/finetune", json={**MINIMAL, "hyperparams": {"learning_rte": 1e-3}}), 422)
+    assert "learning_rate" in error["hint"]
+
+
+def test_refusals_name_what_there_is(acme: httpx.Client) -> None:
+    unavailable = refused(acme.post("/finetune", json={**MINIMAL, "resource_config": {"gpu_type": "H100"}}), 422)
+    assert "cpu" in unavailable["hint"]
+    limited = {**MINIMAL, "base_model": "big", "resource_config": {"mem_limit_gb": 1}}
+    tight = refused(acme.post("/finetune", json=limited), 422)
+    assert "model estimate" in tight["message"] and "2.5x rule" in tight["message"] and "fits" in tight["hint"]
+
+
+def test_a_laptop_may_run_it_on_what_it_has(api: Api, acme: httpx.Client) -> None:
+    api.settings.gpu_type_fallback = "any"
+    job = acme.post("/finetune", json={**MINIMAL, "resource_config": {"gpu_type": "A100"}}).json()
+    events = acme.get(f"/finetune/{job['id']}/events").json()["data"]
+    assert [event["level"] for event in events if event["type"] == "warning"] == ["warn"]
+    api.settings.profile = "production"
+    refused(acme.post("/finetune", json={**MINIMAL, "resource_config": {"gpu_type": "A100"}}), 422)
+
+
+def test_without_a_node_or_a_ready_model_nothing_is_promised(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        session.execute(update(BaseModel).values(status="preparing"))
+    assert refused(acme.post("/finetune", json=MINIMAL), 409)["code"] == "base_model_not_ready"
+    with api.database.platform() as session:
+        session.execute(update(BaseModel).values(status="ready"))
+        session.execute(update(Node).values(lost_at=func.now()))
+    answer = acme.post("/finetune", json=MINIMAL)
+    assert refused(answer, 503)["code"] == "no_nodes"
+    assert answer.headers["retry-after"]
+
+
+def test_quotas_are_hard(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        session.execute(update(Tenant).values(max_queued_jobs=1))
+    assert acme.post("/finetune", json=MINIMAL).status_code == 202
+    answer = acme.post("/finetune", json=MINIMAL)
+    assert refused(answer, 429)["code"] == "quota_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
+    with api.database.platform() as session:
+        session.execute(update(Tenant).values(max_queued_jobs=9, max_slots=1))
+    refused(acme.post("/finetune", json={**MINIMAL, "resource_config": {"num_gpus": 2}}), 429)
+
+
+def test_preference_rows_wait_for_dpo(acme: httpx.Client) -> None:
+    rows = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert upload(acme, rows, "pairs").json()["task"] == "preference"
+    error = refused(acme.post("/finetune", json={**MINIMAL, "dataset_id": "pairs"}), 422)
+    assert error["code"] == "unsupported_method"
+
+
+def test_a_member_cannot_ask_for_urgent(api: Api, acme: httpx.Client) -> None:
+    with api.client(role="member") as member, api.client(role="viewer") as viewer:
+        assert member.post("/finetune", json=MINIMAL).status_code == 202
+        refused(member.post("/finetune", json={**MINIMAL, "priority": "urgent"}), 403)
+        refused(viewer.post("/finetune", json=MINIMAL), 403)
+    assert acme.post("/finetune", json={**MINIMAL, "priority": "urgent"}).status_code == 202
+
+
+def test_an_operator_acts_for_the_tenant_that_it_names(api: Api, acme: httpx.Client) -> None:
+    with api.client(None, "operator") as operator:
+        job = operator.post("/finetune", json={**MINIMAL, "tenant_id": "acme"}).json()
+        assert job["tenant_id"] == "acme"
+        assert refused(operator.post("/finetune", json=MINIMAL), 422)["code"] == "tenant_required"
+        assert operator.get(f"/finetune/{job['id']}", params={"tenant_id": "acme"}).status_code == 200
+    assert acme.get(f"/finetune/{job['id']}").status_code == 200
+
+
+def test_200_posts_with_20_keys_make_20_jobs(api: Api, acme: httpx.Client) -> None:
+    def post(number: int) -> str:
+        answer = acme.post("/finetune", json=MINIMAL, headers={"idempotency-key": f"key-{number % 20}"})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    with ThreadPoolExecutor(32) as pool:
+        made = list(pool.map(post, range(200)))
+    assert len(set(made)) == 20
+    with api.database.platform() as session:
+        assert session.scalar(select(func.count()).select_from(Job)) == 20
+
+
+def test_a_key_belongs_to_one_request(acme: httpx.Client) -> None:
+    key = {"idempotency-key": "k"}
+    first = acme.post("/finetune", json=MINIMAL, headers=key)
+    spelled = json.dumps(dict(reversed(MINIMAL.items())), indent=3)
+    again = acme.post("/finetune", content=spelled, headers={**key, "content-type": "application/json"})
+    assert again.json() == first.json()
+    error = refused(acme.post("/finetune", json={**MINIMAL, "priority": "low"}, headers=key), 422)
+    assert error["code"] == "idempotency_key_reused"
+
+
+def test_a_refused_request_does_not_use_up_its_key(acme: httpx.Client) -> None:
+    key = {"idempotency-key": "k"}
+    refused(acme.post("/finetune", json={**MINIMAL, "dataset_id": "nope"}, headers=key), 404)
+    assert acme.post("/finetune", json=MINIMAL, headers=key).status_code == 202

@@ -1,0 +1,111 @@
+"""A real API over a real database for tests: uvicorn on 127.0.0.1, tokens of the built-in issuer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from builders_db import make_base_model, make_node
+from fastapi import FastAPI
+from waiting import until
+
+from app.auth.issuer import Issuer, TokenRequest
+from app.auth.verify import make_verifier
+from app.db.session import Database
+from app.main import AppParts, create_app
+from app.settings import Settings
+from cluster.storage.objects import ObjectStore
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+
+
+def jsonl(*rows: Any) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+ROWS = jsonl(*({"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(8)))
+
+
+@dataclass
+class Api:
+    """The application, its parts, and clients of its tenants."""
+
+    app: FastAPI
+    database: Database
+    storage: ObjectStore
+    settings: Settings
+    issuer: Issuer
+    url: str = ""
+
+    def token(self, tenant: str | None = "acme", role: str = "admin", **fields: Any) -> str:
+        return self.issuer.create(TokenRequest(tenant, role, **fields)).token
+
+    def client(self, tenant: str | None = "acme", role: str = "admin", **fields: Any) -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.token(tenant, role, **fields)}"}
+        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=30, trust_env=False)
+
+    def add_cluster(self, kind: str = "cpu", memory_gb: float = 8.0, base: str = "tiny") -> None:
+        """A node, a base model and one that is too big for it."""
+        with self.database.platform() as session:
+            make_node(session, f"node-{kind}", kind=kind, slots=2, memory_gb=memory_gb)
+            make_base_model(session, base, config=TINY, parameters=130_000)
+            make_base_model(session, "big", config=LLAMA_7B, parameters=6_738_415_616)
+
+    def keys(self) -> list[str]:
+        return self.storage.keys("tenants")
+
+
+def make_api(database: Database, folder: Path, **settings: Any) -> Api:
+    made = Settings(data_dir=folder, **settings)
+    storage, issuer = ObjectStore(made.objects_url), Issuer(made, database)
+    parts = AppParts(made, database, storage, make_verifier(made, database), issuer)
+    return Api(create_app(parts), database, storage, made, issuer)
+
+
+@contextmanager
+def serving(api: Api) -> Iterator[Api]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    api.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(api.app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield api
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def upload(client: httpx.Client, content: bytes = ROWS, name: str = "rows", **form: Any) -> httpx.Response:
+    filename = form.pop("filename", f"{name}.jsonl")
+    return client.post("/datasets", files={"file": (filename, content)}, data={"name": name, **form})

@@ -1,0 +1,101 @@
+"""Run by `test_launch.py` in a process of its own, against a small Ray head: one job with the real child to its end, one
+whose driver is killed. Prints what it saw as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from fakes_driver import make_assignment
+from wiring_run import NAMESPACE, Rows, driver_parts, objects_url, start_agent
+
+from cluster.core.job import JobState
+from cluster.processes import running_attempts
+from cluster.storage.objects import ObjectStore
+from trainers.config import Hyperparams
+from trainers.run.launch import RayDriverLauncher
+
+ROW = b'{"prompt":"what is the capital of france","completion":"paris"}\n'
+
+
+def look(rows: Any) -> dict[str, Any]:
+    found: dict[str, Any] = ray.get(rows.snapshot.remote(), timeout=30)
+    return found
+
+
+def until(true: Any, timeout_s: float = 90) -> float:
+    started = time.monotonic()
+    while not true():
+        if time.monotonic() - started > timeout_s:
+            raise TimeoutError
+        time.sleep(0.05)
+    return round(time.monotonic() - started, 2)
+
+
+def main() -> None:
+    ray.init(address=sys.argv[1], namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    model = {file.name: file.read_bytes() for file in Path(sys.argv[2]).iterdir()}
+    storage = ObjectStore(objects_url())
+    launcher = RayDriverLauncher(driver_parts)
+    agent = start_agent("n1")
+    seen = {"whole": whole_job(launcher, storage, model), "killed": killed_job(launcher, storage, model)}
+    until(lambda: not left_actors(agent))
+    groups = ray.util.placement_group_table().values()
+    print(json.dumps({**seen, "groups": [group["state"] for group in groups]}))
+
+
+def left_actors(agent: Any) -> list[str]:
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    return sorted(names - {"rows", "agent-n1"})
+
+
+def rows_of(storage: ObjectStore, model: dict[str, bytes], steps: int) -> Any:
+    given = make_assignment(storage, model, rows=ROW * 4, hyperparams=Hyperparams(max_steps=steps, batch_size=2))
+    return ray.remote(Rows).options(name="rows", namespace=NAMESPACE, num_cpus=0).remote(given)
+
+
+def whole_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
+    rows = rows_of(storage, model, steps=3)
+    launcher.start("ftjob-1", 1)
+    launcher.start("ftjob-1", 1)
+    alive = until(lambda: launcher.alive("ftjob-1", 1) is True)
+    name = ray.get_actor("job-ftjob-1-a1", namespace=NAMESPACE)
+    try:
+        seconds = until(lambda: look(rows)["state"] in (JobState.SUCCEEDED, JobState.FAILED, JobState.RECOVERING))
+    finally:
+        print(look(rows), file=sys.stderr)
+    until(lambda: launcher.alive("ftjob-1", 1) is False)
+    launcher.end("ftjob-1", 1)
+    made = look(rows)
+    ray.kill(rows)
+    return {
+        "alive_after_s": alive,
+        "seconds": seconds,
+        "state": made["state"],
+        "steps": sorted(made["steps"]),
+        "checkpoints": [checkpoint.step for checkpoint in made["checkpoints"]],
+        "stages": {data["stage"]: data["seconds"] for type, _, data in made["events"] if type == "stage"},
+        "files": sorted(made["result"]["files"]) if made["result"] else [],
+        "actor": str(name),
+    }
+
+
+def killed_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
+    rows = rows_of(storage, model, steps=100_000)
+    launcher.start("ftjob-1", 1)
+    until(lambda: look(rows)["steps"])
+    launcher.end("ftjob-1", 1)
+    gone = until(lambda: ("ftjob-1", 1) not in running_attempts())
+    alive = launcher.alive("ftjob-1", 1)
+    ray.kill(rows)
+    return {"child_gone_after_s": gone, "alive": alive}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,86 @@
+"""A child that speaks the protocol and trains nothing; `hyperparams.seed` picks what it does. Run as the launcher is."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from trainers.protocol import FD_VARIABLE, Channel
+
+STEPS = 6
+GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES = range(9)
+
+
+def main():
+    channel = Channel.from_fd(int(os.environ[FD_VARIABLE]))
+    start = channel.receive(30)
+    config, out = start["config"], Path(start["config"]["output_dir"])
+    does = config["hyperparams"]["seed"]
+    if does == MUTE:
+        sys.exit("cannot import torch")
+    channel.send("hello", pid=os.getpid(), python="3", torch="0", transformers="0", peft="0")
+    first = int((Path(config["resume_from"]) / "step").read_text()) if config["resume_from"] else 0
+    channel.send("ready", steps=STEPS, start_step=first)
+    print("variables:", ",".join(sorted(os.environ)), flush=True)
+    if does == BABBLES:
+        channel.send("step", step="one")
+    train(channel, out, does, first)
+
+
+def train(channel, out, does, first):
+    if first == 0:
+        channel.send("evaluated", step=0, when="before", loss=2.0, rows=1, samples=[{"answer": "nul \x00"}])
+    for step in range(first + 1, STEPS + 1):
+        if does in (SLOW, HANGS):
+            wait_for_stop(channel, out, does, step - 1)
+        say_step(channel, step)
+        if does == DIES and step == 3:
+            os.kill(os.getpid(), 9)
+        if does == FAILS and step == 3:
+            channel.send("failed", code="loss_not_finite", message="NaN", hint="lower lr", fixable_by="user", step=3)
+            wait_for_end(channel)
+        folder = write(out / "checkpoints" / f"step-{step:08d}", {"step": str(step), "weights": "w" * step}, does)
+        channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
+    folder = write(out / "artifact", {"adapter_model.safetensors": "adapter"}, does)
+    channel.send("finished", step=STEPS, artifact=str(folder), sha256=hashes(folder, does), metrics={"loss": 0.5})
+    wait_for_end(channel)
+
+
+def wait_for_end(channel):
+    while channel.receive() is not None:
+        pass
+    os._exit(0)
+
+
+def say_step(channel, step):
+    channel.send("step", step=step, epoch=0.5, loss=1.0 / step, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.01)
+
+
+def wait_for_stop(channel, out, does, step):
+    """SLOW: until told to stop, then writes a checkpoint; HANGS: for ever."""
+    while True:
+        message = channel.receive()
+        if message is None:
+            os._exit(1)
+        if does == SLOW and message["type"] == "command" and message["command"] == "stop":
+            folder = write(out / "checkpoints" / "step-stop", {"step": str(step)}, does)
+            channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
+            channel.send("ack", id=message["id"], command="stop", state="finished", step=step)
+
+
+def write(folder, files, does):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    if does == LINKS:
+        (folder / "weights").unlink(missing_ok=True)
+        (folder / "weights").symlink_to("/etc/passwd")
+    return folder
+
+
+def hashes(folder, does):
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    return dict.fromkeys(found, "0" * 64) if does == LIES else found
+
+
+main()

@@ -1,0 +1,277 @@
+"""A driver with a real worker and a real child process that speaks the protocol; only Ray and the database are not there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted_child_names as does
+from fakes_driver import World, make_world
+
+from cluster.core.job import JobState, Placement, Wish
+from cluster.errors import EnvironmentError_, Unavailable
+from cluster.processes import running_attempts
+from trainers.config import Hyperparams
+from trainers.run.conversation import Intent, outcome_of
+from trainers.run.ports import LastCheckpoint
+
+SCRIPT = Path(__file__).with_name("scripted_child.py")
+STEPS = list(range(1, 7))
+
+
+def world(root: Path, seed: int = does.GOOD, **changes: Any) -> World:
+    return make_world(root, SCRIPT, hyperparams=Hyperparams(seed=seed), **changes)
+
+
+def run(made: World, meanwhile: Callable[[], None] = lambda: None) -> World:
+    """Runs the driver to its end; no process of the attempt may be left."""
+    thread = threading.Thread(target=made.driver.run)
+    thread.start()
+    meanwhile()
+    thread.join(30)
+    assert not thread.is_alive()
+    until(lambda: ("ftjob-1", 1) not in running_attempts())
+    return made
+
+
+def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def log_of(made: World) -> str:
+    keys = made.storage.keys("tenants/t1/jobs/ftjob-1/logs/a1/r0")
+    return b"".join(made.storage.read_bytes(key) for key in keys).decode()
+
+
+def test_a_job_goes_from_its_assignment_to_a_stored_model(tmp_path: Path) -> None:
+    made = run(world(tmp_path))
+    store = made.store
+    assert [state for state, _ in store.moves] == [JobState.RUNNING, JobState.ARCHIVING]
+    assert store.state is JobState.SUCCEEDED
+    assert list(store.steps) == STEPS
+    assert [checkpoint.step for checkpoint in store.checkpoints] == STEPS
+    assert store.result is not None
+    assert store.result["prefix"] == "tenants/t1/models/ftjob-1/a1"
+    assert made.storage.read_bytes("tenants/t1/models/ftjob-1/a1/adapter_model.safetensors") == b"adapter"
+    assert store.result["lineage"]["base_model"] == "m"
+    assert store.result["lineage"]["hyperparams"]["batch_size"] == 8
+    assert made.agent.cleared == [("ftjob-1", 1)]
+    assert made.gang.ended == 1
+
+
+def test_each_stage_leaves_an_event_with_its_seconds(tmp_path: Path) -> None:
+    store = run(world(tmp_path)).store
+    before = ["environment", "model", "staging", "worker_start", "imports", "load"]
+    assert store.stages() == [*before, "evaluation_before", "first_step", "archiving"]
+    assert all(data["seconds"] >= 0 for type, _, data in store.events if type == "stage")
+
+
+def test_samples_with_nul_characters_reach_the_database_without(tmp_path: Path) -> None:
+    events = run(world(tmp_path)).store.events
+    samples = next(data["samples"] for type, _, data in events if type == "evaluated")
+    assert samples == [{"answer": "nul \ufffd"}]
+
+
+def test_the_child_sees_nothing_of_the_workers_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN_PATH", "HELIOSTAT_DATABASE__DSN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    printed = log_of(run(world(tmp_path)))
+    names = printed.split("variables: ")[1].strip().split(",")
+    assert [name for name in names if name.startswith(("RAY_", "AWS_"))] == []
+    assert [name for name in names if name.startswith("HELIOSTAT_")] == [
+        "HELIOSTAT_ATTEMPT",
+        "HELIOSTAT_CONTROL_FD",
+    ]
+
+
+def test_an_attempt_continues_from_the_checkpoint_of_another(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    files = {"step": made.storage.put_bytes("old/step", b"4")}
+    object.__setattr__(made.store.given, "checkpoint", LastCheckpoint(4, 0, "old", files))
+    assert list(run(made).store.steps) == [5, 6]
+
+
+def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:
+    store = run(world(tmp_path, does.DIES)).store
+    assert store.state is JobState.RECOVERING
+    assert "SIGKILL" in store.moves[-1][1]
+    assert list(store.steps) == [1, 2, 3]
+
+
+def test_what_the_user_can_mend_fails_the_job_with_its_hint(tmp_path: Path) -> None:
+    store = run(world(tmp_path, does.FAILS)).store
+    assert store.state is JobState.FAILED
+    assert store.error == {
+        "code": "loss_not_finite",
+        "message": "NaN",
+        "param": None,
+        "hint": "lower lr",
+        "fixable_by": "user",
+    }
+
+
+@pytest.mark.parametrize("seed", [does.LINKS, does.LIES])
+def test_hostile_files_are_not_taken_over(tmp_path: Path, seed: int) -> None:
+    made = run(world(tmp_path, seed))
+    assert made.store.state is JobState.FAILED
+    assert made.store.error is not None
+    assert made.store.error["code"] == "output_refused"
+    assert made.store.checkpoints == []
+    stored = [key for key in made.storage.keys("tenants/t1/jobs/ftjob-1") if key.endswith("weights")]
+    assert stored == []
+
+
+def test_a_child_that_breaks_the_protocol_fails(tmp_path: Path) -> None:
+    store = run(world(tmp_path, does.BABBLES)).store
+    assert store.error is not None
+    assert store.error["code"] == "protocol_violation"
+
+
+def test_a_child_that_cannot_import_says_what_it_printed(tmp_path: Path) -> None:
+    made = run(world(tmp_path, does.MUTE))
+    assert made.store.error is not None
+    assert made.store.error["code"] == "child_failed_to_start"
+    assert "cannot import torch" in str(made.store.error["message"])
+    assert "cannot import torch" in log_of(made)
+
+
+def test_pause_writes_a_checkpoint_and_stops(tmp_path: Path) -> None:
+    made = world(tmp_path, does.SLOW)
+
+    def pause() -> None:
+        until(lambda: made.store.state is JobState.RUNNING)
+        made.store.wish = Wish.PAUSE
+
+    run(made, pause)
+    assert made.store.state is JobState.PAUSED
+    assert [checkpoint.step for checkpoint in made.store.checkpoints] == [0]
+
+
+def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    made = world(tmp_path, does.HANGS, settings={"stop_grace_s": 0.2})
+    made.store.wish = Wish.PAUSE
+    made.agent.hold.clear()
+
+    def pause_once_running() -> None:
+        made.store.wish = Wish.RUN
+        made.agent.hold.set()
+        until(lambda: made.store.state is JobState.RUNNING)
+        made.store.wish = Wish.PAUSE
+
+    made.store.wish = Wish.RUN
+    run(made, pause_once_running)
+    assert made.store.state is JobState.PAUSED
+
+
+def test_cancel_ends_a_hanging_child(tmp_path: Path) -> None:
+    made = world(tmp_path, does.HANGS)
+
+    def cancel() -> None:
+        until(lambda: made.store.state is JobState.RUNNING)
+        made.store.wish = Wish.CANCEL
+
+    run(made, cancel)
+    assert made.store.state is JobState.CANCELLED
+
+
+def test_cancel_does_not_wait_for_a_slow_environment(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.agent.hold.clear()
+    made.store.wish = Wish.CANCEL
+    run(made, lambda: None)
+    assert made.store.state is JobState.CANCELLED
+    assert made.store.steps == {}
+    made.gang.fails = "ended"
+    made.agent.hold.set()
+
+
+def test_too_long_a_run_fails_with_its_checkpoint_kept(tmp_path: Path) -> None:
+    made = run(world(tmp_path, does.SLOW, max_runtime_s=10.0, ran_s=10.0))
+    assert made.store.state is JobState.FAILED
+    assert made.store.error is not None
+    assert made.store.error["code"] == "max_runtime_reached"
+    assert len(made.store.checkpoints) == 1
+
+
+def test_training_goes_on_while_the_database_is_down(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.store.on_checkpoint = lambda: setattr(made.store, "down", True)
+    made.storage.put_bytes("warm", b"")
+
+    def back_later() -> None:
+        until(lambda: made.store.down)
+        until(lambda: made.storage.exists("tenants/t1/models/ftjob-1/a1/manifest.json"))
+        made.store.on_checkpoint = lambda: None
+        made.store.down = False
+
+    run(made, back_later)
+    assert made.store.state is JobState.SUCCEEDED
+    assert list(made.store.steps) == STEPS
+    assert [checkpoint.step for checkpoint in made.store.checkpoints] == STEPS
+
+
+def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> None:
+    made = world(tmp_path, does.HANGS)
+    seen: list[int] = []
+
+    def take_over() -> None:
+        until(lambda: made.store.state is JobState.RUNNING)
+        made.store.attempt = 2
+        seen.append(len(made.store.events))
+        until(lambda: made.gang.ended)
+        made.driver.relay([])  # the thread of the worker is not ended by a gang of threads
+        made.driver._conversation.kill()
+
+    run(made, take_over)
+    assert made.store.state is JobState.RUNNING
+    assert len(made.store.events) == seen[0]
+
+
+def test_a_lost_worker_group_is_recovered_from(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.gang.fails = "the node is gone"
+    run(made)
+    assert made.store.moves == [(JobState.RECOVERING, "the node is gone")]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (EnvironmentError_("numpy 1 and 2", code="environment_unsolvable"), JobState.FAILED),
+        (Unavailable("the agent does not answer"), JobState.RECOVERING),
+    ],
+)
+def test_trouble_while_preparing(tmp_path: Path, error: Exception, state: JobState) -> None:
+    made = world(tmp_path)
+    made.agent.fails = error
+    run(made)
+    assert made.store.state is state
+
+
+def test_a_placement_over_two_nodes_is_refused(tmp_path: Path) -> None:
+    made = run(world(tmp_path, placement=Placement({"n1": (0,), "n2": (0,)})))
+    assert made.store.error is not None
+    assert made.store.error["code"] == "unsupported_placement"
+
+
+def test_the_lease_is_renewed_all_along(tmp_path: Path) -> None:
+    made = world(tmp_path, does.SLOW)
+
+    def a_while() -> None:
+        until(lambda: made.store.heartbeats >= 5)
+        made.store.wish = Wish.CANCEL
+
+    run(made, a_while)
+    assert made.store.heartbeats >= 5
+
+
+@pytest.mark.parametrize("intent", list(Intent))
+def test_what_is_stopped_on_purpose_is_not_recovered_from(intent: Intent) -> None:
+    assert outcome_of(intent).state in (JobState.CANCELLED, JobState.PAUSED, JobState.FAILED)

@@ -1,0 +1,97 @@
+"""A driver, a Train worker and the real child on a small real Ray: from start to a stored model, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders_llama import make_tiny_llama
+from fakes_driver import ENVIRONMENT
+
+pytestmark = pytest.mark.integration
+
+HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def variables(tmp_path: Path) -> dict[str, str]:
+    """The fingerprint comes from here instead of the plug-in, whose test is in tests/runtime_envs."""
+    token = tmp_path / "ray.token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(HERE)]),
+        "HELIOSTAT_TEST_ROOT": str(tmp_path),
+        "HELIOSTAT_ENV_FINGERPRINT": ENVIRONMENT,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def head(variables: dict[str, str]) -> Iterator[str]:
+    """The address of a Ray head of our own, ended by its id."""
+    port = free_port()
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
+        *("--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"),
+        *("--labels=heliostat-node=n1", f"--resources={json.dumps({'heliostat_control': 1})}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={free_port()}"),
+    ]
+    with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:  # Ray's socket paths must be short
+        with Path(folder, "head.log").open("wb") as output:
+            process = subprocess.Popen([*command, f"--temp-dir={folder}"], env=variables, stdout=output, stderr=output)
+        wait_for_port(port)
+        yield f"127.0.0.1:{port}"
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError("the Ray head did not start")
+
+
+def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    script = [sys.executable, str(HERE / "ray_job.py"), head, str(model)]
+    done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-6000:]
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    whole = seen["whole"]
+    assert whole["state"] == "succeeded"
+    assert whole["steps"] == [1, 2, 3]
+    assert whole["checkpoints"][-1] == 3
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(whole["files"])
+    assert {"environment", "worker_start", "imports", "load", "first_step"} <= set(whole["stages"])
+    assert seen["killed"]["alive"] is False
+    assert seen["killed"]["child_gone_after_s"] < 10
+    assert set(seen["groups"]) == {"REMOVED"}
+    print(json.dumps(seen))
