@@ -17,6 +17,7 @@ from app import deploy, wiring
 from app.importer import ensure_importer
 from app.settings import Settings, load_settings
 from cluster.client import ensure_agents, ensure_scheduler
+from cluster.errors import HeliostatError
 
 LOOK_EVERY_S = 3.0
 NAMESPACE = "heliostat"
@@ -49,7 +50,7 @@ def main() -> None:
     while not stopping.is_set():
         try:
             keep(settings)
-        except (RayError, RuntimeError, TimeoutError) as error:
+        except (HeliostatError, RayError, RuntimeError, TimeoutError) as error:
             log.warning("a look failed, the next follows in %s s: %s", LOOK_EVERY_S, error)
         stopping.wait(LOOK_EVERY_S)
 

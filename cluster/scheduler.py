@@ -24,6 +24,9 @@ MIN_ROUND_S = 0.05
 
 MAX_BACKOFF_S = 10.0
 
+EXPLAINED = 50
+"""So many of the waiting jobs, from the first in line, are explained in `state`."""
+
 Attempt = tuple[str, int]
 
 
@@ -232,13 +235,14 @@ class Scheduler:
             return {"epoch": 0, "problem": self._problem}
         snapshot, now = self._view
         state = ClusterState.rebuilt(snapshot, Policy(self._parts.settings.reserve_after_s))
-        waiting = {job.id: explain(state, job.id, now) for job in snapshot.waiting}
+        waiting = {job.id: explain(state, job.id, now) for job in snapshot.waiting[:EXPLAINED]}
         return {
             "epoch": self._epoch,
             "rounds": self._rounds,
             "problem": self._problem,
             "nodes": {name: {"kind": node.kind, "slots": node.slots} for name, node in snapshot.nodes.items()},
             "running": {f"{job}/{attempt}": held.placement.nodes for (job, attempt), held in snapshot.held.items()},
+            "waiting_jobs": len(snapshot.waiting),
             "waiting": {job_id: [reason.code for reason in why.reasons] for job_id, why in waiting.items() if why},
         }
 

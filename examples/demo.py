@@ -28,7 +28,7 @@ REQUEST: dict[str, Any] = {
     "base_model": BASE_MODEL,
     "dataset_id": "support-train",
     "validation_dataset_id": "support-validation",
-    "hyperparams": {"lr": 1e-3, "batch_size": 8, "max_steps": 48, "lora_r": 16},
+    "hyperparams": {"lr": 1e-3, "batch_size": 8, "max_steps": 36, "lora_r": 16},
     "output_model": "support-router",
 }
 MOST_BEFORE, LEAST_AFTER = 0.10, 0.60

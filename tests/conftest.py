@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else `import app` finds the folder tests/app first
 
 pytest_plugins = ["fixtures_postgres"]
+
+# A busy machine is no fault: properties are held for as long as they take.
+settings.register_profile("heliostat", deadline=None)
+settings.load_profile("heliostat")

@@ -112,9 +112,9 @@ def _component(name: str) -> Callable[[Service, str], list[int]]:
 
 TARGETS: dict[str, Callable[[Service, str], list[int]]] = {
     "child": _child,
-    "driver": _titled("ray::JobDriver"),
-    "scheduler": _titled("ray::Scheduler"),
-    "agent": _titled("ray::NodeAgent"),
+    "driver": _titled("ray::DriverActor", "ray::JobDriver"),
+    "scheduler": _titled("ray::SchedulerActor"),
+    "agent": _titled("ray::AgentActor"),
     "serve replica": _titled("ray::ServeReplica"),
     "postgres": _component("postgres"),
     "control": _component("control"),

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pwd
 import secrets
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -158,6 +159,12 @@ class EmbeddedPostgres:
         words = [str(program), *command[1:]]
         if os.geteuid() != 0:
             return words
+        if shutil.which("setpriv") is None:
+            raise HeliostatError(
+                "setpriv is missing, and PostgreSQL does not run as root",
+                code="setpriv_missing",
+                hint="Install util-linux, run Heliostat as an ordinary user, or set HELIOSTAT_DATABASE__DSN.",
+            )
         uid = _server_uid()
         prefix = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
         if not (_passable(program) and _passable(self._data) and _passable(self._socket_dir)):
@@ -182,11 +189,13 @@ class EmbeddedPostgres:
         """A server that outlived its supervisor is ended, so that the one that runs is our child. A pid file whose
         number now belongs to another program is removed: PostgreSQL would take that program for a server."""
         pid_file = self._data / "postmaster.pid"
-        try:
-            process = psutil.Process(int(pid_file.read_text().split()[0]))
-            ours = process.name() == "postgres" and str(self._data) in process.cmdline()
-        except (FileNotFoundError, psutil.NoSuchProcess):
+        if not pid_file.exists():
             return
+        try:
+            process = psutil.Process(int(pid_file.read_text().split("\n")[0]))
+            ours = process.name() == "postgres" and str(self._data) in process.cmdline()
+        except (ValueError, psutil.NoSuchProcess):
+            return  # PostgreSQL removes such a file itself
         if ours:
             _end(process, timeout_s=30.0)
         else:

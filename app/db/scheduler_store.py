@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from app.db.listen import JOBS, Listener
 from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
@@ -25,6 +25,19 @@ from cluster.ports import ActiveJob, Rows
 EPOCH = "scheduler_epoch"
 MAX_BACKOFF_S = 60.0
 HELD = [*ACTIVE, JobState.RECOVERING]
+_FEW_COLUMNS = load_only(  # not the lock and the request: they are large, and there may be thousands of jobs
+    Job.tenant_id,
+    Job.state,
+    Job.wish,
+    Job.attempt,
+    Job.fruitless_attempts,
+    Job.priority,
+    Job.shape,
+    Job.queued_at,
+    Job.state_since,
+    Job.progress_at,
+    raiseload=True,
+)
 
 
 class SqlSchedulerStore:
@@ -49,11 +62,8 @@ class SqlSchedulerStore:
             ).all()
             held = {key: list(group) for key, group in groupby(leases, lambda lease: (lease.job_id, lease.attempt))}
             leased = {job_id for job_id, _ in held}
-            jobs = session.scalars(
-                select(Job)
-                .where(or_(Job.state.in_([*HELD, JobState.QUEUED]), Job.id.in_(leased)))
-                .order_by(Job.queued_at)
-            ).all()
+            wanted = or_(Job.state.in_([*HELD, JobState.QUEUED]), Job.id.in_(leased))
+            jobs = session.scalars(select(Job).where(wanted).order_by(Job.queued_at).options(_FEW_COLUMNS)).all()
             return Rows(float(now), _waiting(jobs, leased), _active(jobs, held))
 
     def grant(self, epoch: int, job: CoreJob, placement: Placement, ttl_s: float) -> int | None:

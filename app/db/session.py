@@ -89,17 +89,25 @@ def errors_of_the_house() -> Iterator[None]:
     try:
         yield
     except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
-        raise Unavailable(
-            f"the database did not answer ({_first_line(error)})",
-            code="database_unavailable",
-            hint="Try again in a few seconds; if it goes on, look at the database's log.",
-        ) from error
+        raise _down(error) from error
     except exc.DataError as error:
         raise InvalidRequest(
             f"a value cannot be stored ({_first_line(error)})",
             code="invalid_value",
             hint="Leave out NUL characters and numbers beyond 64 bits.",
         ) from error
+    except exc.DBAPIError as error:
+        if error.connection_invalidated:  # the server closed it, for idling in a transaction, say
+            raise _down(error) from error
+        raise
+
+
+def _down(error: exc.SQLAlchemyError) -> Unavailable:
+    return Unavailable(
+        f"the database did not answer ({_first_line(error)})",
+        code="database_unavailable",
+        hint="Try again in a few seconds; if it goes on, look at the database's log.",
+    )
 
 
 def _first_line(error: exc.SQLAlchemyError) -> str:

@@ -42,10 +42,10 @@ class Caller:
         return self.tenant
 
     def for_tenant(self, named: str | None) -> Caller:
-        """`named` must be the token's tenant; an operator may name any. Raises `Forbidden`."""
+        """`named` must be the token's tenant; a platform role may name any. Raises `Forbidden`."""
         if named is None or named == self.identity.tenant:
             return self
-        if self.identity.tenant is not None or self.identity.role != "operator":
+        if not self.is_platform:
             raise Forbidden(
                 "`tenant_id` is not the tenant of the token",
                 code="wrong_tenant",

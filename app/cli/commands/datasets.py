@@ -50,16 +50,18 @@ def upload(
     """Sends a file; shows its format, the report and three rows with what they train on."""
     client = session.client()
     columns = assignments(options.map or [], "--map")
-    form = {"name": options.name or default_name(file), "format": options.format}
-    fields: dict[str, Any] = {**form, "map": [f"{field}={column}" for field, column in columns.items()]}
+    mapped = [f"{field}={column}" for field, column in columns.items()]
+    fields = {"name": options.name or default_name(file), "format": options.format, "map": mapped}
     with _bar(session) as bar:
         task = bar.add_task(file.name, total=file.stat().st_size)
+        with Watched(file, lambda count: bar.advance(task, count)) as source:
 
-        def request() -> dict[str, Any]:
-            bar.reset(task, total=file.stat().st_size)
-            return {"data": fields, "files": {"file": (file.name, Watched(file, lambda n: bar.advance(task, n)))}}
+            def request() -> dict[str, Any]:
+                source.seek(0)
+                bar.reset(task)
+                return {"data": fields, "files": {"file": (file.name, source)}}
 
-        made = client.upload("/datasets", request)
+            made = client.upload("/datasets", request)
     made["report"] = client.get(f"/datasets/{made['id']}/report")
     made["preview"] = client.get(f"/datasets/{made['id']}/preview")["rows"]
     session.out.show(made, lambda: Group(_shown(made), _rendered(made["preview"])))

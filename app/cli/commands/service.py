@@ -105,6 +105,7 @@ def _run(session: Session, launch: local_service.Launch, *, detach: bool) -> Non
         state = local_service.wait_ready(launch.data_dir, lambda: process.poll() is None, session.out.note)
         _welcome(session, launch.data_dir, state, already=False)
         if detach:
+            process.returncode = 0  # left running on purpose: Popen would warn of a child that nobody waited for
             return
         session.out.note("Ctrl-C stops it")
         process.wait()

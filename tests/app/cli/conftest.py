@@ -52,6 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("URL", "TOKEN", "TOKEN_FILE", "CONTEXT", "CONFIG_FILE"):
         monkeypatch.delenv(f"HELIOSTAT_{name}", raising=False)
     monkeypatch.setattr("app.cli.stream.PAUSES_S", (0.01,))
+    monkeypatch.setattr("app.cli.commands.base_models.POLL_S", 0.01)
     monkeypatch.setattr("app.cli.client.Retry.first_s", 0.001)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HELIOSTAT_DATA_DIR", str(tmp_path / "data"))

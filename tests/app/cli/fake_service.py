@@ -152,12 +152,11 @@ def build(service: FakeService) -> FastAPI:
 
     @app.post("/api/v1/datasets")
     async def upload(request: Request) -> Row:
-        form = await request.form()
-        data = await form["file"].read()  # type: ignore[union-attr]
-        service.bodies.append(
-            {"name": form["name"], "map": form.getlist("map"), "format": form["format"], "data": data}
-        )
-        return dataset(str(form["name"]), data)
+        async with request.form() as form:
+            sent = {"name": form["name"], "map": form.getlist("map"), "format": form["format"]}
+            data = await form["file"].read()  # type: ignore[union-attr]
+        service.bodies.append({**sent, "data": data})
+        return dataset(str(sent["name"]), data)
 
     @app.get("/api/v1/datasets/{id}/report")
     async def report(id: str) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.core.events import (
@@ -55,6 +55,9 @@ happenings = st.one_of(
 )
 NOW = 1000.0
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 def _play(story: list[Event | str]) -> ClusterState:
     """As the scheduler drives it: a job that holds slots is not queued again before its release."""
@@ -76,6 +79,7 @@ def _grant_all(state: ClusterState) -> int:
     return len(decisions)
 
 
+@unhurried
 @given(st.lists(happenings, max_size=40))
 def test_a_decision_is_a_whole_gang_on_one_fitting_node_within_the_tenants_limit(story: list[Event | str]) -> None:
     state = _play(story)
@@ -97,6 +101,7 @@ def test_a_decision_is_a_whole_gang_on_one_fitting_node_within_the_tenants_limit
         assert not new or held_now <= limit
 
 
+@unhurried
 @given(st.lists(happenings, max_size=40))
 def test_no_slot_is_ever_held_twice(story: list[Event | str]) -> None:
     held = [
@@ -108,6 +113,7 @@ def test_no_slot_is_ever_held_twice(story: list[Event | str]) -> None:
     assert len(held) == len(set(held))
 
 
+@unhurried
 @given(st.lists(happenings, max_size=40))
 def test_the_state_equals_one_rebuilt_from_its_facts(story: list[Event | str]) -> None:
     state = _play(story)
@@ -117,6 +123,7 @@ def test_the_state_equals_one_rebuilt_from_its_facts(story: list[Event | str]) -
     assert rebuilt.decide(NOW) == state.decide(NOW)
 
 
+@unhurried
 @given(st.lists(happenings, max_size=30), st.lists(happenings, max_size=30))
 def test_the_events_between_two_states_lead_from_one_to_the_other(
     one: list[Event | str], other: list[Event | str]
@@ -129,6 +136,7 @@ def test_the_events_between_two_states_lead_from_one_to_the_other(
     assert events_between(state.snapshot(), goal.snapshot()) == []
 
 
+@unhurried
 @given(st.lists(happenings, max_size=40))
 def test_five_more_rounds_change_nothing(story: list[Event | str]) -> None:
     state = _play(story)
@@ -138,6 +146,7 @@ def test_five_more_rounds_change_nothing(story: list[Event | str]) -> None:
     assert state.snapshot() == settled
 
 
+@unhurried
 @given(st.lists(happenings, max_size=40))
 def test_every_waiting_job_has_a_reason_and_a_place(story: list[Event | str]) -> None:
     state = _play(story)
@@ -151,7 +160,7 @@ def test_every_waiting_job_has_a_reason_and_a_place(story: list[Event | str]) ->
     assert positions == list(range(1, len(positions) + 1))
 
 
-@settings(max_examples=50)
+@unhurried
 @given(st.lists(jobs, unique_by=lambda job: job.id), nodes)
 def test_a_cluster_of_one_slot_serves_in_order(waiting: list[Job], node: Node) -> None:
     state = ClusterState()

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import Conflict, NotFound
@@ -128,6 +128,7 @@ def test_keys_cannot_leave_the_store(store: ObjectStore, key: str) -> None:
             use(key)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1), st.text("0123456789abcdef", min_size=64, max_size=64)))
 def test_the_hash_of_a_folder_is_of_its_content_not_its_order(files: dict[str, str]) -> None:
     assert folder_sha256(dict(reversed(files.items()))) == folder_sha256(files)

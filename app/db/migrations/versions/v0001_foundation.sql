@@ -300,12 +300,18 @@ ALTER TABLE jobs ADD FOREIGN KEY (parent_version_id) REFERENCES model_versions (
 
 -- Access. The owner (the platform) sees all rows: row-level security is not forced on it, since the scheduler rules over every
 -- tenant. A tenant's session takes the role heliostat_tenant: no policy, no row; a forgotten filter returns nothing.
+-- The role belongs to the whole server, so it may be there already: from another database, or made by an administrator for an
+-- owner that may not make roles.
 DO $$ BEGIN
-    CREATE ROLE heliostat_tenant NOLOGIN;
-EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;  -- another database of this server made it
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'heliostat_tenant') THEN
+        CREATE ROLE heliostat_tenant NOLOGIN;
+    END IF;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;  -- made at this moment
 END $$;
 DO $$ BEGIN
-    EXECUTE format('GRANT heliostat_tenant TO %I', current_user);
+    IF NOT pg_has_role(current_user, 'heliostat_tenant', 'SET') THEN
+        EXECUTE format('GRANT heliostat_tenant TO %I', current_user);
+    END IF;
 END $$;
 GRANT USAGE ON SCHEMA public TO heliostat_tenant;
 
