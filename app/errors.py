@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.datasets.problems import DatasetRefused
 from cluster.errors import (
@@ -92,6 +93,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EnvironmentProblem, _on_environment)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -116,6 +118,11 @@ async def _on_http(request: Request, error: HTTPException) -> JSONResponse:
     shown = answer(request, HeliostatError(f"{phrase}", code=CODES.get(status, "invalid_request"), hint=hint), status)
     shown.headers.update(error.headers or {})
     return shown
+
+
+async def _on_disconnect(request: Request, _error: Exception) -> JSONResponse:
+    """The client left while it sent its body: nobody reads this, and it is no fault of ours."""
+    return answer(request, HeliostatError("the body ended too early", code="incomplete_body"), 400)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
+
 from app import ray_head
 from app.bootstrap import prepare_database
 from app.db.embedded import EmbeddedPostgres
@@ -61,13 +63,18 @@ class Supervisor:
         self._control: Started | None = None
         self._scratch: Path | None = None
         self._restarts = 0
+        self._lock: FileLock | None = None
 
     def stop(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         self._stopping.set()
 
     def run(self) -> int:
         """Until told to stop; the exit code."""
-        self._claim_data_dir()
+        try:
+            self._claim_data_dir()
+        except Conflict as error:  # nothing here is ours to end or to write
+            log.error("%s %s", error.message, error.hint)
+            return 1
         try:
             self._start_all()
             while not self._stopping.wait(LOOK_EVERY_S):
@@ -86,6 +93,16 @@ class Supervisor:
         for folder in (self._settings.data_dir, self._settings.run_dir, self._settings.data_dir / "keys"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self._settings.data_dir / MARKER).touch()
+        lock = FileLock(self._settings.run_dir / "lock", is_singleton=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise Conflict(
+                f"another Heliostat runs on {self._settings.data_dir}",
+                code="already_running",
+                hint="`heliostat status` shows it, `heliostat down` stops it.",
+            ) from None
+        self._lock = lock  # held until this process ends, however it ends
         earlier = read_state(self._settings.data_dir)
         if earlier is not None and "instance" in earlier:
             # A supervisor that was killed leaves its processes; they belong to nobody now.

@@ -52,7 +52,9 @@ class Heliostat:
 
     def start(self) -> None:
         """Raises Failed."""
-        state = self.cli("up", "--detach", "--port", "auto", "--data-dir", str(self.data_dir))
+        place = ("--data-dir", str(self.data_dir))
+        self._run("up", "--detach", "--port", "auto", *place)  # without --json it tells its phases, on stderr
+        state = self.cli("status", *place)
         self.url, self.dashboard_url = state["url"], state.get("dashboard_url") or ""
         self.connect(self.url, (self.data_dir / "keys" / "default.token").read_text().strip())
 
@@ -68,11 +70,13 @@ class Heliostat:
 
     def cli(self, *arguments: str) -> Any:
         """The JSON that `heliostat … --json` prints; what it says besides goes to our stderr. Raises Failed."""
-        command = [str(COMMAND), *arguments, "--json"]
-        done = subprocess.run(command, env=self._environ, stdout=subprocess.PIPE, text=True)
+        return json.loads(self._run(*arguments, "--json"))
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run([str(COMMAND), *arguments], env=self._environ, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise Failed(f"`heliostat {' '.join(arguments)}` ended with code {done.returncode} {done.stdout}")
-        return json.loads(done.stdout)
+        return done.stdout
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Raises Failed."""
@@ -99,7 +103,8 @@ class Heliostat:
                     source.response.raise_for_status()
                     for event in source.iter_sse():
                         last = event.id or last
-                        yield json.loads(event.data)
+                        if event.data:  # a heartbeat has none
+                            yield json.loads(event.data)
                 if self.get(f"/finetune/{job_id}")["status"] in TERMINAL:
                     return
             except httpx.TransportError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -59,13 +58,6 @@ def make_config(base: Path, train: Path, out: Path, **fields: Any) -> TrainConfi
     return TrainConfig(
         base_model=str(base), train_file=str(train), output_dir=str(out), hyperparams=hyper, **{**defaults, **fields}
     )
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
 
 
 class Child:
@@ -188,7 +180,3 @@ def tree_of(pid: int) -> list[int]:
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return [one for one in found if one in parents]
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)

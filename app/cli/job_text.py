@@ -23,9 +23,7 @@ def event_line(event: dict[str, Any], progress: Progress | None = None) -> str:
     if event.get("type") == "metrics" and progress is not None:
         return f"{stamp}  {progress.summary()}"
     level = LEVELS.get(event.get("level", "info"), "")
-    seconds = (event.get("data") or {}).get("seconds")
-    took = f" ({span(seconds)})" if event.get("type") == "stage" and isinstance(seconds, int | float) else ""
-    return f"{stamp}  {event.get('type', 'event'):<10} {level}{event.get('message', '')}{took}"
+    return f"{stamp}  {event.get('type', 'event'):<10} {level}{event.get('message', '')}"
 
 
 JOB_COLUMNS = ("id", "status", "base model", "dataset", "type", "model", "created")

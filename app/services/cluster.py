@@ -61,7 +61,7 @@ class ClusterService:
         with self._parts.database.platform() as session:
             nodes = list(session.scalars(select(Node).where(Node.lost_at.is_(None)).order_by(Node.name)))
             held = session.execute(select(LeaseSlot.node, func.count()).group_by(LeaseSlot.node))
-            return nodes, Counter(dict(held.tuples()))
+            return nodes, Counter(dict(held.all()))
 
     def limits(self, caller: Caller) -> dict[str, Any]:
         """Quotas beside what is used of them; and what the service itself allows."""

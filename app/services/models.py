@@ -176,7 +176,7 @@ def _aliases(session: Session, model_id: str) -> dict[str, int]:
         .where(ModelAlias.model_id == model_id, ModelVersion.deleted_at.is_(None))
         .order_by(ModelAlias.alias, ModelAlias.number)
     )
-    return dict(rows.tuples())
+    return dict(rows.all())
 
 
 def version_view(session: Session, row: ModelVersion) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class BreaksOnce(BaseHTTPRequestHandler):
         self._answer(422, {"error": {"code": "unknown_gpu_type"}})
 
     def _event(self, event: dict[str, object]) -> bytes:
-        return f"id: {event['seq']}\nevent: metrics\ndata: {json.dumps(event)}\n\n".encode()
+        return f"id: {event['seq']}\nevent: metrics\ndata: {json.dumps(event)}\n\n: ping\n\n".encode()
 
     def _answer(self, status: int, body: dict[str, object]) -> None:
         content = json.dumps(body).encode()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from wheelhouse import write_wheel
+from builders_wheels import write_wheel
 
 from runtime_envs.index import PipIndex
 from runtime_envs.materialize import HostEnvironments

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wheelhouse import environment_yml
+from builders_wheels import environment_yml
 
 from runtime_envs.fingerprint import fingerprint_of
 from runtime_envs.index import PipIndex

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from wheelhouse import environment_yml
+from builders_wheels import environment_yml
 
 from runtime_envs.edit import add_packages, diff
 from runtime_envs.errors import EnvironmentProblem

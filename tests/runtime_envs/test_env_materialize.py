@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wheelhouse import environment_yml, write_wheel
+from builders_wheels import environment_yml, write_wheel
 
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
 from runtime_envs.index import PipIndex

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from wheelhouse import environment_yml, write_wheel
+from builders_wheels import environment_yml, write_wheel
 
 from runtime_envs.errors import INDEX_FAILED, UNSOLVABLE, UNSUPPORTED, EnvironmentProblem
 from runtime_envs.fingerprint import fingerprint_of

@@ -100,7 +100,7 @@ def ls(session: Session) -> None:
 
 def _row(model: dict[str, Any]) -> tuple[Any, ...]:
     parameters = model.get("parameters")
-    count = f"{parameters / 1e6:,.0f} M" if parameters else "–"
+    count = f"{parameters / 1e6:,.1f} M" if parameters else "–"
     return model["name"], model["status"], count, size(model.get("bytes")), ago(model.get("created_at"))
 
 

@@ -13,6 +13,7 @@ from app.cli.output import cell, pairs, table
 from app.cli.progress import Progress
 from app.cli.session import Session
 from app.cli.stream import EventStream
+from app.cli.units import ago
 
 app = group("Fine-tuning jobs.")
 Id = Annotated[str, typer.Argument(help="ftjob-…")]
@@ -73,12 +74,14 @@ def events(
 def explain(session: Session, id: Id) -> None:
     """Why a job waits, and when it should start."""
     told = session.client().get(f"/finetune/{id}/explain")
-    session.out.show(told, lambda: pairs((key.replace("_", " "), _lines(value)) for key, value in told.items()))
+    session.out.show(told, lambda: pairs((key.replace("_", " "), _lines(key, value)) for key, value in told.items()))
 
 
-def _lines(value: Any) -> str | None:
-    if value is None:
+def _lines(key: str, value: Any) -> str | None:
+    if value is None or key == "object":
         return None
+    if key == "since":
+        return ago(value)
     if not isinstance(value, list):
         return cell(value)
     return "\n".join(cell(item["message"] if isinstance(item, dict) and "message" in item else item) for item in value)

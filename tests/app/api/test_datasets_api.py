@@ -80,7 +80,7 @@ def test_the_file_s_name_is_the_name(api: Api) -> None:
 
 
 def test_csv_with_a_mapping(api: Api) -> None:
-    content = "frage,antwort\nwie?,so\n".encode()
+    content = b"frage,antwort\nwie?,so\n"
     with api.client() as client:
         form = {"map": ["prompt=frage", "completion=antwort"], "filename": "x.csv"}
         assert upload(client, content, **form).json()["format"] == "prompt_completion"

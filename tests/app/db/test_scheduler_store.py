@@ -14,7 +14,7 @@ from sqlalchemy import func, select, text, update
 
 from app.db.job_store import SqlJobStore
 from app.db.models import Job, Lease, LeaseSlot, Node
-from app.db.scheduler_store import SqlSchedulerStore
+from app.db.scheduler_store import SqlSchedulerStore, _check_epoch
 from app.db.session import Database
 from app.db.transitions import ask
 from cluster.core.job import JobState, Placement, Wish
@@ -262,3 +262,15 @@ def _contradictions(database: Database) -> list[str]:
     taken = [(lease.node, slot) for lease in leases for slot in lease.slots]
     found = [f"held twice: {taken}"] if len(set(taken)) != len(taken) else []
     return found + ([f"{rows} differs from {taken}"] if rows != set(taken) else [])
+
+
+def test_a_new_scheduler_waits_for_the_write_that_its_predecessor_has_begun(
+    database: Database, store: SqlSchedulerStore, epoch: int
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with database.platform() as writing:
+            _check_epoch(writing, epoch)
+            taking = pool.submit(store.take_epoch)
+            with pytest.raises(TimeoutError):
+                taking.result(timeout=0.3)
+        assert taking.result(timeout=20) == epoch + 1

@@ -11,7 +11,7 @@ STEPS = 6
 GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES = range(9)
 
 
-def main():
+def main() -> None:
     channel = Channel.from_fd(int(os.environ[FD_VARIABLE]))
     start = channel.receive(30)
     config, out = start["config"], Path(start["config"]["output_dir"])
@@ -27,7 +27,7 @@ def main():
     train(channel, out, does, first)
 
 
-def train(channel, out, does, first):
+def train(channel: Channel, out: Path, does: int, first: int) -> None:
     if first == 0:
         channel.send("evaluated", step=0, when="before", loss=2.0, rows=1, samples=[{"answer": "nul \x00"}])
     for step in range(first + 1, STEPS + 1):
@@ -46,17 +46,17 @@ def train(channel, out, does, first):
     wait_for_end(channel)
 
 
-def wait_for_end(channel):
+def wait_for_end(channel: Channel) -> None:
     while channel.receive() is not None:
         pass
     os._exit(0)
 
 
-def say_step(channel, step):
+def say_step(channel: Channel, step: int) -> None:
     channel.send("step", step=step, epoch=0.5, loss=1.0 / step, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.01)
 
 
-def wait_for_stop(channel, out, does, step):
+def wait_for_stop(channel: Channel, out: Path, does: int, step: int) -> None:
     """SLOW: until told to stop, then writes a checkpoint; HANGS: for ever."""
     while True:
         message = channel.receive()
@@ -68,7 +68,7 @@ def wait_for_stop(channel, out, does, step):
             channel.send("ack", id=message["id"], command="stop", state="finished", step=step)
 
 
-def write(folder, files, does):
+def write(folder: Path, files: dict[str, str], does: int) -> Path:
     folder.mkdir(parents=True)
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -78,7 +78,7 @@ def write(folder, files, does):
     return folder
 
 
-def hashes(folder, does):
+def hashes(folder: Path, does: int) -> dict[str, str]:
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     return dict.fromkeys(found, "0" * 64) if does == LIES else found
 

@@ -63,10 +63,12 @@ def head(variables: dict[str, str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:  # Ray's socket paths must be short
         with Path(folder, "head.log").open("wb") as output:
             process = subprocess.Popen([*command, f"--temp-dir={folder}"], env=variables, stdout=output, stderr=output)
-        wait_for_port(port)
-        yield f"127.0.0.1:{port}"
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        try:
+            wait_for_port(port)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)  # it ends a dozen processes one after the other
 
 
 def wait_for_port(port: int) -> None:
