@@ -113,7 +113,7 @@ class Service:
 
     def tenant(self, name: str) -> httpx.Client:
         """A client of another tenant, with a token of the built-in issuer."""
-        answer = self.operator().post("/tokens", json={"tenant": name, "role": "admin", "expires_in": "2h"})
+        answer = self.operator().post("/tokens", json={"tenant": name, "role": "admin", "expires_in": 7200})
         assert answer.status_code == 201, answer.text
         return self.client(answer.json()["token"])
 

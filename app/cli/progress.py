@@ -73,16 +73,16 @@ class Progress:
         return "  ".join(parts)
 
     def picture(self) -> RenderableType:
-        """Two or three lines for the foot of a terminal."""
+        """Three lines for the foot of a terminal of 80 columns."""
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=self.steps, completed=self.step, width=30, pulse=not self.steps)
-        head.add_row(Text(self.job["id"], "bold"), Text(clean(self._status()), "cyan"), bar, Text(self.summary()))
-        lines: list[RenderableType] = [head]
+        bar = ProgressBar(total=self.steps, completed=self.step, width=24, pulse=not self.steps)
+        head.add_row(Text(self.job["id"], "bold"), Text(clean(self._status()), "cyan"), bar)
+        lines: list[RenderableType] = [head, Text(self.summary(), no_wrap=True)]
         if len(self.losses) > 1:
             low, high = min(self.losses), max(self.losses)
             lines.append(
                 Text.assemble(
-                    ("loss ", "dim"), (sparkline(self.losses, 60), "green"), (f"  {high:.3g} … {low:.3g}", "dim")
+                    ("loss ", "dim"), (sparkline(self.losses, 50), "green"), (f"  {high:.3g} … {low:.3g}", "dim")
                 )
             )
         return Group(*lines)

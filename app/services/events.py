@@ -249,7 +249,7 @@ def checkpoint_view(row: Checkpoint) -> dict[str, Any]:
 def _spread(session: Session, job_id: str, total: int, points: int) -> Sequence[Step]:
     number = func.row_number().over(order_by=Step.step)
     numbered = select(Step.step, number.label("n")).where(Step.job_id == job_id).subquery()
-    wanted = {1 + round(place * (total - 1) / max(1, points - 1)) for place in range(min(points, total))}
+    wanted = {1 + place * (total - 1) // (points - 1) for place in range(min(points, total))}
     kept = numbered.c.n.in_(wanted | {total})
     statement = select(Step).join(numbered, Step.step == numbered.c.step).where(Step.job_id == job_id, kept)
     return session.scalars(statement.order_by(Step.step)).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Run
+from fake_service import job, step
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from app.cli.commands.doctor import judge_gpu
 from app.cli.commands.finetune import NumberLoader, gpus_of, merged
 from app.cli.output import clean
+from app.cli.progress import Progress
 from app.cli.units import ago, scalar, seconds_of, size, span, sparkline
 from cluster.errors import InvalidRequest
 
@@ -153,3 +157,24 @@ def test_units() -> None:
     assert ago(100, now=160) == "60 s ago"
     assert ago("1970-01-01T00:01:40Z", now=160) == "60 s ago"
     assert ago(None) == "–"
+
+
+def test_the_picture_fits_a_terminal_of_80_columns() -> None:
+    progress = Progress(job(id="ftjob-" + "x" * 24, progress={"step": 0, "steps": 400}))
+    for number in range(1, 200):
+        progress.absorb(step(number, number, 5.0 - number / 100))
+    console = Console(width=80, file=io.StringIO())
+    console.print(progress.picture())
+    drawn = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(drawn) == 3
+    assert "x" * 24 in drawn[0]
+    assert drawn[1].startswith("step 199/400  loss 3.0100  0.5 s/step  about 100 s left")
+    assert "▇" in drawn[2]
+
+
+def test_a_step_computed_again_after_a_fault_counts_once() -> None:
+    progress = Progress(job())
+    for number, (at, loss) in enumerate([(1, 3.0), (2, 2.0), (3, 9.0), (2, 2.0), (3, 1.0)], start=1):
+        progress.absorb(step(number, at, loss))
+    assert progress.losses == [3.0, 2.0, 1.0]
+    assert progress.step == 3

@@ -58,7 +58,9 @@ def head(variables: dict[str, str]) -> Iterator[str]:
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
         *("--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"),
         *("--labels=heliostat-node=n1", f"--resources={json.dumps({'heliostat_control': 1})}"),
-        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={free_port()}"),
+        # Empty: any free port, or not at all; the defaults would meet those of another Ray on this machine.
+        *("--min-worker-port=0", "--max-worker-port=0", "--ray-client-server-port=", "--metrics-export-port="),
+        *("--dashboard-agent-listen-port=", "--dashboard-agent-grpc-port=", "--runtime-env-agent-port="),
     ]
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:  # Ray's socket paths must be short
         with Path(folder, "head.log").open("wb") as output:
@@ -72,7 +74,7 @@ def head(variables: dict[str, str]) -> Iterator[str]:
 
 
 def wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
