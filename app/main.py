@@ -48,7 +48,11 @@ def create_app(parts: AppParts) -> FastAPI:
     )
     app = FastAPI(title="Heliostat", version="1", lifespan=_lifespan, responses=ERRORS)
     app.state.services = services
-    app.add_middleware(RequestContext, max_body_bytes=parts.settings.http.max_body_bytes)
+    app.add_middleware(
+        RequestContext,
+        max_body_bytes=parts.settings.http.max_body_bytes,
+        uploads=frozenset({f"{API}{datasets.router.prefix}"}),
+    )
     errors.install(app)
     api = APIRouter(prefix=API)
     for module in (events, finetune, datasets, environments, models, cluster):

@@ -15,9 +15,11 @@ GIVEN_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 class RequestContext:
     """Names the request (`x-request-id`, the caller's own if it has a plain form) and counts its body."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, uploads: frozenset[str]) -> None:
+        """`uploads`: paths that read their body as a stream, with a limit of their own."""
         self._app = app
         self._max = max_body_bytes
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,8 +36,8 @@ class RequestContext:
                 message["headers"] = [*rest, (b"x-request-id", request_id)]
             await send(message)
 
-        upload = headers.get(b"content-type", b"").startswith(b"multipart/")
-        await self._app(scope, receive if upload else self._limited(receive), named)
+        streamed = scope["path"] in self._uploads
+        await self._app(scope, receive if streamed else self._limited(receive), named)
 
     def _limited(self, receive: Receive) -> Receive:
         seen = 0

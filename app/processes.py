@@ -106,7 +106,7 @@ def marked(instance: str) -> Iterator[psutil.Process]:
                 continue
 
 
-def end_marked(instance: str, timeout_s: float = 10.0) -> int:
+def end_marked(instance: str, timeout_s: float = 3.0) -> int:
     """SIGTERM and, after the timeout, SIGKILL to every process of the instance, until none is left. How many there were."""
     processes = list(marked(instance))
     _signal(processes, signal.SIGTERM)

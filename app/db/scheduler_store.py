@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, load_only
 
 from app.db.listen import JOBS, Listener
-from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
+from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step, Tenant
 from app.db.session import Database
 from app.db.transitions import Change, transition
 from cluster.core.job import ACTIVE, JobState, Placement, Priority, Shape, Wish
@@ -64,7 +64,13 @@ class SqlSchedulerStore:
             leased = {job_id for job_id, _ in held}
             wanted = or_(Job.state.in_([*HELD, JobState.QUEUED]), Job.id.in_(leased))
             jobs = session.scalars(select(Job).where(wanted).order_by(Job.queued_at).options(_FEW_COLUMNS)).all()
-            return Rows(float(now), _waiting(jobs, leased), _active(jobs, held))
+            limits = session.execute(select(Tenant.id, Tenant.max_slots).where(Tenant.max_slots.is_not(None))).all()
+            return Rows(
+                float(now),
+                _waiting(jobs, leased),
+                _active(jobs, held),
+                {tenant: most for tenant, most in limits if most is not None},
+            )
 
     def grant(self, epoch: int, job: CoreJob, placement: Placement, ttl_s: float) -> int | None:
         """None also when a slot is held, or the job's last attempt still has its lease."""

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse
 
 from app.deps import CallerDep, PageDep, Ref, RepeatDep, ServicesDep
+from app.routes.spec import SPEC_BODY, spec_text
 from app.schemas.common import Deleted, Name, Page, Text
-from app.schemas.operators import EnvironmentChange, NewEnvironment
+from app.schemas.operators import EnvironmentChange
 from app.services.environments import environment_view
 
 router = APIRouter(prefix="/environments", tags=["environments"])
 
 
-@router.post("", status_code=201, response_model=dict[str, Any])
+@router.post("", status_code=201, response_model=dict[str, Any], openapi_extra=SPEC_BODY)
 def create_environment(
-    new: NewEnvironment, caller: CallerDep, services: ServicesDep, repeat: RepeatDep
+    caller: CallerDep, services: ServicesDep, repeat: RepeatDep, spec: Annotated[str, Depends(spec_text)]
 ) -> JSONResponse:
     """Solves it, so it takes seconds. The file's `name:` is the handle; again under a name: a new version."""
-    made = services.environments.create(caller, new.spec, repeat)
+    made = services.environments.create(caller, spec, repeat)
     return JSONResponse(made, 201, {"location": f"/api/v1/environments/{made['id']}"})
 
 

@@ -156,6 +156,12 @@ def test_a_large_json_body_is_413_while_it_is_read(small: Api) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 
 
+def test_calling_a_body_multipart_does_not_lift_its_limit(small: Api) -> None:
+    with small.client() as client:
+        for path in ("/environments", "/finetune"):
+            assert client.post(path, files={"file": b"x" * 50_000}).status_code == 413, path
+
+
 def test_a_client_that_leaves_in_the_middle_leaves_nothing(api: Api) -> None:
     place = urlsplit(api.url)
     head = (

@@ -29,7 +29,7 @@ CHECKS = [
     negative_data_rejection,
 ]
 ENDLESS = "/api/v1/events"
-EXAMPLES = {GenerationMode.POSITIVE: 6, GenerationMode.NEGATIVE: 6}
+EXAMPLES = {GenerationMode.POSITIVE: 5, GenerationMode.NEGATIVE: 5}
 
 
 @pytest.mark.timeout(300)

@@ -50,6 +50,23 @@ def test_environments(api: Api) -> None:
         assert client.get("/environments/mine@1").status_code == 404
 
 
+def test_an_environment_file_can_be_sent_as_it_is(api: Api) -> None:
+    with api.client() as client:
+        made = client.post("/environments", json={"spec": SPEC}).json()
+        for body in (
+            {"content": SPEC.encode(), "headers": {"content-type": "application/yaml"}},
+            {"files": {"file": ("environment.yml", SPEC.encode())}},
+        ):
+            answer = client.post("/environments", **body)  # type: ignore[arg-type]
+            assert (answer.status_code, answer.json()["id"]) == (201, made["id"])
+        wrong = client.post("/environments", content=b"x", headers={"content-type": "image/png"})
+        assert (wrong.status_code, code(wrong)) == (415, "unsupported_media_type")
+        assert code(client.post("/environments", json={"spce": "x"})) == "unknown_field"
+        broken = client.post("/environments", content=b"{", headers={"content-type": "application/json"})
+        assert (broken.status_code, code(broken)) == (400, "invalid_json")
+        assert code(client.post("/environments", content=b"\xff", headers={"content-type": "text/yaml"})) == "not_utf8"
+
+
 def test_a_job_keeps_the_environment_that_it_has(api: Api, acme: httpx.Client) -> None:
     acme.post("/environments", json={"spec": SPEC})
     body = {"base_model": "tiny", "dataset_id": "rows", "environment": "mine"}

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from builders_db import core_job, granted_job, make_node, queued_job
+from builders_db import core_job, granted_job, make_node, make_tenant, queued_job
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
@@ -274,3 +274,10 @@ def test_a_new_scheduler_waits_for_the_write_that_its_predecessor_has_begun(
             with pytest.raises(TimeoutError):
                 taking.result(timeout=0.3)
         assert taking.result(timeout=20) == epoch + 1
+
+
+def test_a_tenants_slot_limit_reaches_the_scheduler(database: Database, store: SqlSchedulerStore) -> None:
+    with database.platform() as session:
+        make_tenant(session, "bounded", max_slots=3)
+        make_tenant(session, "free")
+    assert store.rows().slot_limits == {"bounded": 3}

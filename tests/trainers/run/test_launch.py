@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -26,9 +27,12 @@ TESTS = HERE.parents[1]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the range from which the kernel hands out ports: nobody takes it between this look and its use."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 @pytest.fixture
@@ -58,29 +62,34 @@ def head(variables: dict[str, str]) -> Iterator[str]:
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
         *("--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"),
         *("--labels=heliostat-node=n1", f"--resources={json.dumps({'heliostat_control': 1})}"),
-        # Empty: any free port, or not at all; the defaults would meet those of another Ray on this machine.
-        *("--min-worker-port=0", "--max-worker-port=0", "--ray-client-server-port=", "--metrics-export-port="),
-        *("--dashboard-agent-listen-port=", "--dashboard-agent-grpc-port=", "--runtime-env-agent-port="),
+        # 0: any free port; the defaults would meet those of another Ray on this machine.
+        *(
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            f"--ray-client-server-port={free_port()}",
+            "--metrics-export-port=0",
+        ),
+        *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0"),
     ]
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:  # Ray's socket paths must be short
         with Path(folder, "head.log").open("wb") as output:
             process = subprocess.Popen([*command, f"--temp-dir={folder}"], env=variables, stdout=output, stderr=output)
         try:
-            wait_for_port(port)
+            wait_for_port(port, process, Path(folder, "head.log"))
             yield f"127.0.0.1:{port}"
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)  # it ends a dozen processes one after the other
 
 
-def wait_for_port(port: int) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise TimeoutError("the Ray head did not start")
+    raise TimeoutError(f"the Ray head did not start: {output.read_text()[-2000:]}")
 
 
 def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path) -> None:
