@@ -110,9 +110,10 @@ async def _on_environment(request: Request, problem: EnvironmentProblem) -> JSON
 
 async def _on_http(request: Request, error: HTTPException) -> JSONResponse:
     """Starlette's own: unknown routes, methods; and FastAPI's 400 that hides what the reading of a body raised."""
-    if isinstance(error.__cause__, HeliostatError):
-        return answer(request, error.__cause__)
-    status = error.status_code
+    status, cause = error.status_code, error.__cause__
+    if isinstance(cause, HeliostatError):
+        known = status_of(cause)
+        return answer(request, cause, known if known != 500 else status)
     phrase = HTTPStatus(status).phrase.lower()
     hint = "See /docs for what there is." if status in (404, 405) else None
     shown = answer(request, HeliostatError(f"{phrase}", code=CODES.get(status, "invalid_request"), hint=hint), status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,15 +14,23 @@ from pathlib import Path
 
 import psutil
 
+from cluster.errors import Unavailable
+
+PORTS = range(20_000, 30_000)
 INSTANCE_VARIABLE = "HELIOSTAT_INSTANCE"
 """Every process that a supervisor starts, and all that those start, carry the instance's id in this variable."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below the range from which the kernel gives out ports: one that it finds free stays free until it is bound."""
+    for port in random.sample(PORTS, 100):
+        if not port_taken(host, port):
+            return port
+    raise Unavailable(
+        f"no free port between {PORTS.start} and {PORTS.stop}",
+        code="no_free_port",
+        hint="See `ss -ltn`; name ports in the settings.",
+    )
 
 
 def port_taken(host: str, port: int) -> bool:

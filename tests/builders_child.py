@@ -66,9 +66,9 @@ class Child:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.messages: list[Message] = []
-        self.pid = int(self.until("hello")["pid"])
+        self.pid = int(self.until("hello", timeout_s=180)["pid"])  # the first one waits for the imports
 
-    def until(self, *types: str, timeout_s: float = 60.0) -> Message:
+    def until(self, *types: str, timeout_s: float = 120.0) -> Message:
         """The next message of one of these types; all are kept."""
         while True:
             message = self.channel.receive(timeout_s)
@@ -126,7 +126,8 @@ class Zygote:
         for channel in self._channels:
             channel.close()
         self._wire.close()
-        self._process.wait(10)
+        self._process.kill()
+        self._process.wait()
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def test_bad_uploads_leave_nothing(api: Api) -> None:
             answer = upload(client, content, **form)
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
         assert client.post("/datasets", data={"name": "x"}, files={"x": b""}).status_code == 422
-        assert client.post("/datasets", json={"uri": "s3://x"}).json()["error"]["code"] == "unsupported_media_type"
+        by_uri = client.post("/datasets", json={"uri": "s3://x"})
+        assert (by_uri.status_code, by_uri.json()["error"]["code"]) == (415, "unsupported_media_type")
         headers = {"content-type": "multipart/form-data; boundary=x"}
         for body in (b"", b"--x\r\n", b"--x\r\nContent-Disposition: nothing\r\n\r\n1\r\n--x--"):
             assert client.post("/datasets", content=body, headers=headers).status_code == 422

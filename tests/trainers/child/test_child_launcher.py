@@ -88,10 +88,10 @@ def test_stop_leaves_a_checkpoint_that_goes_on_as_if_nothing_was(
     running(child, config)
     ack = child.command("stop")
     assert ack["state"] == "finished" and child.types[-2:] == ["checkpoint", "ack"]
-    stopped_at = child.steps[-1]["step"]
-    assert child.messages[-2]["step"] == ack["step"] == stopped_at
+    written, stopped_at = child.messages[-2], child.steps[-1]["step"]
+    assert written["step"] == ack["step"] == stopped_at
     assert child.command("ping", 2)["state"] == "finished"
-    resumed = replace(config, output_dir=str(tmp_path / "2"), resume_from=child.messages[-2]["path"])
+    resumed = replace(config, output_dir=str(tmp_path / "2"), resume_from=written["path"])
     running(second_child, resumed)
     assert second_child.steps[0]["step"] == stopped_at + 1
 
