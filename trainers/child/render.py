@@ -61,9 +61,7 @@ def question(row: Row, tokenizer: Any) -> Question | None:
 def template(row: Row, messages: list[dict[str, Any]], tokenizer: Any, *, ask: bool = False) -> str:
     """`ask`: with the beginning of an assistant's turn at the end."""
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    text: str = tokenizer.apply_chat_template(
-        plain, tools=row.get("tools"), tokenize=False, add_generation_prompt=ask
-    )
+    text: str = tokenizer.apply_chat_template(plain, tools=row.get("tools"), tokenize=False, add_generation_prompt=ask)
     return text
 
 

@@ -34,7 +34,14 @@ def test_loss_on_every_assistant_turn_with_its_end(tokenizer: Any) -> None:
 
 
 def test_weight_zero_skips_a_turn(tokenizer: Any) -> None:
-    row = {"messages": [turn("user", "a"), turn("assistant", "rome", weight=0), turn("user", "b"), turn("assistant", "paris")]}
+    row = {
+        "messages": [
+            turn("user", "a"),
+            turn("assistant", "rome", weight=0),
+            turn("user", "b"),
+            turn("assistant", "paris"),
+        ]
+    }
     assert learned(row, tokenizer) == "paris<|im_end|>"
 
 

@@ -138,7 +138,9 @@ def test_commands_while_evaluating(child: Child, long_run: TrainConfig, tmp_path
     assert "evaluated" not in child.types and child.steps == []
 
 
-def test_commands_are_answered_to_the_end_and_after(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_commands_are_answered_to_the_end_and_after(
+    child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     child.start(make_config(tiny_llama, capitals, tmp_path, max_steps=3))
     child.until("ready")
     for id in range(200):
@@ -198,7 +200,9 @@ def test_a_killed_rank_is_a_failure_that_the_user_need_not_fix(child: Child, lon
     until(lambda: tree_of(child.pid) == [child.pid])
 
 
-def test_a_failure_is_told_once_and_the_launcher_stays_to_answer(child: Child, long_run: TrainConfig, tmp_path: Path) -> None:
+def test_a_failure_is_told_once_and_the_launcher_stays_to_answer(
+    child: Child, long_run: TrainConfig, tmp_path: Path
+) -> None:
     rows = write_rows(tmp_path / "bad.jsonl", [{"text": ""}])
     child.start(replace(long_run, train_file=str(rows), world_size=2))
     failed = child.until("failed")

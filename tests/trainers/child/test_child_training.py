@@ -32,12 +32,16 @@ def checkpoint_of(wire: Recorder, step: int) -> str:
 
 
 @pytest.mark.parametrize("kind", [{"training_type": "lora"}, {"training_type": "full"}, {"precision": "bf16"}])
-def test_the_same_run_twice_gives_the_same_numbers(kind: dict[str, Any], tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_the_same_run_twice_gives_the_same_numbers(
+    kind: dict[str, Any], tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     first = train(make_config(tiny_llama, capitals, tmp_path / "1", **kind))
     second = train(make_config(tiny_llama, capitals, tmp_path / "2", **kind, checkpoint_every_s=1e9))
     assert numbers(first.of("step")) == numbers(second.of("step")) and len(first.of("step")) == 6
     assert [m["step"] for m in second.of("checkpoint")] == [6]
-    weights = [{k: v for k, v in wire.of("finished")[0]["sha256"].items() if "safetensors" in k} for wire in (first, second)]
+    weights = [
+        {k: v for k, v in wire.of("finished")[0]["sha256"].items() if "safetensors" in k} for wire in (first, second)
+    ]
     assert weights[0] == weights[1] and len(weights[0]) == 1
 
 
@@ -64,7 +68,9 @@ def test_a_resumed_run_gives_the_numbers_of_the_undisturbed_one(
         assert resumed.of("finished")[0]["sha256"][name] == undisturbed.of("finished")[0]["sha256"][name]
 
 
-def test_two_ranks_resume_to_the_same_numbers(child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_to_the_same_numbers(
+    child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", world_size=2, max_steps=5)
     undisturbed = numbers(child.run(config))
     resume_from = next(m["path"] for m in child.messages if m["type"] == "checkpoint" and m["step"] == 3)
@@ -87,7 +93,9 @@ def test_two_ranks_resume_full_training_with_masters(
 
 
 @pytest.mark.parametrize("training_type", ["lora", "full"])
-def test_two_ranks_learn_what_one_does(training_type: str, child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_does(
+    training_type: str, child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     config = make_config(
         tiny_llama, capitals, tmp_path / "1", lora_dropout=0.0, lr=1e-3, max_steps=4, training_type=training_type
     )
@@ -106,12 +114,19 @@ def test_the_micro_batch_does_not_change_the_loss(tiny_llama: Path, capitals: Pa
     assert losses[0] == pytest.approx(losses[2], rel=1e-5) and losses[1] == pytest.approx(losses[2], rel=1e-5)
 
 
-def test_evaluation_changes_no_number_and_comes_before_during_and_after(tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_evaluation_changes_no_number_and_comes_before_during_and_after(
+    tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     plain = train(make_config(tiny_llama, capitals, tmp_path / "1"))
     config = make_config(tiny_llama, capitals, tmp_path / "2", validation_file=str(capitals), eval_steps=2)
     watched = train(config)
     assert numbers(watched.of("step")) == numbers(plain.of("step"))
-    assert [(m["when"], m["step"]) for m in watched.of("evaluated")] == [("before", 0), ("during", 2), ("during", 4), ("after", 6)]
+    assert [(m["when"], m["step"]) for m in watched.of("evaluated")] == [
+        ("before", 0),
+        ("during", 2),
+        ("during", 4),
+        ("after", 6),
+    ]
     resumed = train(replace(config, output_dir=str(tmp_path / "3"), resume_from=checkpoint_of(watched, 3)))
     assert [(m["when"], m["step"]) for m in resumed.of("evaluated")] == [("during", 4), ("after", 6)]
     assert resumed.of("evaluated")[-1] == watched.of("evaluated")[-1]
@@ -178,7 +193,9 @@ def failure_of(config: TrainConfig) -> tuple[TrainFailure, Recorder]:
     return caught.value, wire
 
 
-def test_a_loss_that_is_not_finite_fails_before_any_checkpoint(tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_fails_before_any_checkpoint(
+    tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
@@ -200,11 +217,11 @@ def test_the_memory_limit_is_kept(tiny_llama: Path, capitals: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("change", [{"lr": 2e-2}, {"seed": 1}])
-def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    change: dict[str, Any], tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     wire = train(make_config(tiny_llama, capitals, tmp_path / "1", max_steps=2))
-    other = make_config(
-        tiny_llama, capitals, tmp_path / "2", max_steps=2, resume_from=checkpoint_of(wire, 1), **change
-    )
+    other = make_config(tiny_llama, capitals, tmp_path / "2", max_steps=2, resume_from=checkpoint_of(wire, 1), **change)
     assert failure_of(other)[0].code == "checkpoint_unusable"
 
 

@@ -42,7 +42,9 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     store = Store(config, world, identity_of(config, loaded.precision))
     position = store.read(Path(config.resume_from), engine) if config.resume_from else Position()
     trainer = _Trainer(loss, engine, data.examples, plan, world, micro, loaded.tokenizer.pad_token_id)
-    session = _Session(config, control, store, loaded, engine, Evaluator(loss, loaded, config, world, control), validation)
+    session = _Session(
+        config, control, store, loaded, engine, Evaluator(loss, loaded, config, world, control), validation
+    )
     session.position = position
     control.attach(Actions(session.save, store.prune), position.step)
     memory.check()
