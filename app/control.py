@@ -44,7 +44,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     settings = load_settings()
     ray.init(
-        address=f"127.0.0.1:{settings.ray.port}", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+        address=f"127.0.0.1:{settings.ray.port}",
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     deploy.deploy(settings)
     while not stopping.is_set():

@@ -71,16 +71,19 @@ class Started:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def end(self, timeout_s: float = 10.0) -> None:
-        """SIGTERM, then SIGKILL after the timeout."""
-        if not self.alive:
-            return
-        self.process.terminate()
+
+def end_all(started: list[Started], timeout_s: float) -> None:
+    """SIGTERM to all at once, SIGKILL to those that are left after the timeout."""
+    living = [one for one in started if one.alive]
+    for one in living:
+        one.process.terminate()
+    deadline = time.monotonic() + timeout_s
+    for one in living:
         try:
-            self.process.wait(timeout_s)
+            one.process.wait(max(deadline - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            one.process.kill()
+            one.process.wait()
 
 
 def start(name: str, command: list[str], environment: dict[str, str], log: Path) -> Started:
@@ -115,11 +118,9 @@ def marked(instance: str) -> Iterator[psutil.Process]:
                 continue
 
 
-def end_marked(instance: str, timeout_s: float = 3.0) -> int:
-    """SIGTERM and, after the timeout, SIGKILL to every process of the instance, until none is left. How many there were."""
+def end_marked(instance: str, timeout_s: float = 10.0) -> int:
+    """SIGKILL to every process of the instance until none is left: all of them are made to be killed. How many there were."""
     processes = list(marked(instance))
-    _signal(processes, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout_s)
     deadline = time.monotonic() + timeout_s
     while (left := list(marked(instance))) and time.monotonic() < deadline:
         _signal(left, signal.SIGKILL)

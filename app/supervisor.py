@@ -24,7 +24,17 @@ from filelock import FileLock, Timeout
 from app import ray_head
 from app.bootstrap import prepare_database
 from app.db.embedded import EmbeddedPostgres
-from app.processes import INSTANCE_VARIABLE, Started, end_marked, free_port, holder_of, last_lines, port_taken, start
+from app.processes import (
+    INSTANCE_VARIABLE,
+    Started,
+    end_all,
+    end_marked,
+    free_port,
+    holder_of,
+    last_lines,
+    port_taken,
+    start,
+)
 from app.settings import CONFIG_VARIABLE, Settings, load_settings
 from cluster.errors import Conflict, HeliostatError, Unavailable
 
@@ -32,6 +42,8 @@ log = logging.getLogger("heliostat.supervisor")
 
 LOOK_EVERY_S = 0.5
 READY_LIMIT_S = 180.0
+ORDERLY_S = 1.5
+"""Ray would drain for half a minute; nothing here needs it, since everything is made to be killed."""
 MARKER = "heliostat.data"
 """A file in the data folder that says it is ours: `down --purge` removes no other."""
 
@@ -212,9 +224,7 @@ class Supervisor:
 
     def _end_ray(self) -> None:
         """The head, the control process and all that Ray started; training children leave at the end of their sockets."""
-        for started in (self._control, self._head):
-            if started is not None:
-                started.end(timeout_s=3)
+        end_all([one for one in (self._control, self._head) if one is not None], ORDERLY_S)
         end_marked(self.state.instance)
         if self._scratch is not None and self._settings.ray.temp_dir is None:
             keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")

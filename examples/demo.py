@@ -185,7 +185,12 @@ def run(heliostat: Heliostat, phases: Phases) -> bool:
         adapter = download(heliostat, job["fine_tuned_model"], folder)
     with phases.phase("The artifact in plain transformers and peft"):
         ask_outside(adapter, after["samples"][0])
-    return bool(before["exact_match"] < MOST_BEFORE and after["exact_match"] > LEAST_AFTER)
+    learned = bool(before["exact_match"] < MOST_BEFORE and after["exact_match"] > LEAST_AFTER)
+    if not learned:
+        print(
+            f"\nThe aim is less than {MOST_BEFORE:.0%} answered exactly before and more than {LEAST_AFTER:.0%} after."
+        )
+    return learned
 
 
 def stop(heliostat: Heliostat, phases: Phases) -> bool:
@@ -230,7 +235,8 @@ def main() -> int:
             say_kept(heliostat)
         else:
             clean = stop(heliostat, phases)
-    print(f"\n{'Done' if code == 0 else 'Not as it should be'} in {phases.total_s:.0f} s.")
+    ending = {0: "Done", 130: "Interrupted"}.get(code, "Not as it should be")
+    print(f"\n{ending} after {phases.total_s:.0f} s.")
     return code or int(not clean)
 
 

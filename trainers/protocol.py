@@ -15,6 +15,11 @@ child → worker
     log       {level, message}
     failed    {code, message, hint, fixable_by, step}
     finished  {step, artifact: path, sha256: {file: hex}, metrics}
+`ack` comes when the command has taken effect: checkpoint after its `checkpoint` (none, if that step has one already); park in
+state parked, at a step's boundary; resume in the state gone on with; stop after a last `checkpoint`, in state finished, without
+`finished` (while loading: at once, without a checkpoint); ping at once. Where a command can do nothing any more it is answered
+with the state. `failed.fixable_by` user: the same run would fail again; operator or nobody: it may work when started again.
+After finished and failed the launcher stays to answer until end of file.
 States: starting, loading, training, evaluating, checkpointing, parked, finishing, finished, failed.
 End of file on either side: the other is dead; the child leaves at once.
 """

@@ -118,10 +118,10 @@ def _unreadable(folder: Path, why: str) -> TrainFailure:
 
 
 def _random_state(world: World) -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    of_numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": {**of_numpy, "state": {**of_numpy["state"], "key": of_numpy["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
     }
     if world.device != "cpu":
@@ -132,8 +132,9 @@ def _random_state(world: World) -> dict[str, Any]:
 def _restore_random(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    of_numpy = state["numpy"]
+    key = np.array(of_numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**of_numpy, "state": {**of_numpy["state"], "key": key}})
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

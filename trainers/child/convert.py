@@ -141,14 +141,16 @@ def _check_config(folder: Path) -> dict[str, Any]:
 
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    if "auto_map" in config or kind not in CONFIG_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        message = f"Models of type {kind!r} are not causal language models that transformers knows by itself."
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()) if kind in CONFIG_MAPPING_NAMES else ()
+    known = [names] if isinstance(names, str) else list(names)
+    architectures = config.setdefault("architectures", known[:1])
+    if "auto_map" in config or not architectures or architectures[0] not in known:
+        message = f"A {kind!r} model ({architectures}) is no causal language model that transformers knows by itself."
         hint = "Code that comes with a model is never run here. Use a model that transformers supports."
         raise _refused("model_unsupported", message, hint)
     if "quantization_config" in config:
         message = f"The weights are quantised ({config['quantization_config'].get('quant_method', 'unknown method')})."
         raise _refused("model_unsupported", message, "Add the model as it was before it was quantised.")
-    config.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])
     return config
 
 
