@@ -44,6 +44,7 @@ def environment(settings: Settings, scratch: Path) -> dict[str, str]:
         "RAY_RUNTIME_ENV_PLUGINS": PLUGIN_CONFIG,
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # 15 by default, which training children would inherit
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),

@@ -4,6 +4,7 @@ folder that training can load. Prints one JSON object. Never reads a format that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -210,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        answer = vars(convert(options.source, options.out, options.chat_template))
+        with contextlib.redirect_stdout(sys.stderr):  # libraries log to stdout; only the answer belongs there
+            answer = vars(convert(options.source, options.out, options.chat_template))
     except TrainFailure as failure:
         answer = {"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}}
     sys.stdout.write(json.dumps(answer) + "\n")

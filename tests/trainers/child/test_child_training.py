@@ -149,7 +149,7 @@ def test_full_training_learns_the_rows_by_heart(tiny_llama: Path, capitals: Path
     )  # fmt: skip
     before, after = train(config).of("evaluated")
     assert before["exact_match"] == 0.0 and after["exact_match"] == 1.0
-    assert after["loss"] < 0.1 < before["loss"] and after["rows"] == 10
+    assert after["loss"] < 0.5 < before["loss"] and after["rows"] == 10
     assert [sample["answer"] for sample in after["samples"]] == ["paris", "berlin", "rome"]
     assert "germany" in after["samples"][1]["prompt"]
 
