@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app.datasets.problems import DatasetRefused
+from app.invalid import told_of
 from cluster.errors import (
     Conflict,
     Fenced,
@@ -48,7 +49,7 @@ TYPES = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
-CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+CODES = {400: "invalid_body", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 RETRY_AFTER_S = "2"
 
 
@@ -114,9 +115,12 @@ async def _on_http(request: Request, error: HTTPException) -> JSONResponse:
     if isinstance(cause, HeliostatError):
         known = status_of(cause)
         return answer(request, cause, known if known != 500 else status)
-    phrase = HTTPStatus(status).phrase.lower()
-    hint = "See /docs for what there is." if status in (404, 405) else None
-    shown = answer(request, HeliostatError(f"{phrase}", code=CODES.get(status, "invalid_request"), hint=hint), status)
+    told = HeliostatError(
+        "the body cannot be read" if status == 400 else HTTPStatus(status).phrase.lower(),
+        code=CODES.get(status, "invalid_request"),
+        hint="See /docs for what there is and what it takes.",
+    )
+    shown = answer(request, told, status)
     shown.headers.update(error.headers or {})
     return shown
 
@@ -135,15 +139,5 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid(request: Request, invalid: RequestValidationError) -> JSONResponse:
-    first = invalid.errors()[0]
-    if first["type"] == "json_invalid":
-        told = HeliostatError(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
-        return answer(request, told, 400)
-    context = first.get("ctx", {})
-    path = [str(part) for part in (*first["loc"], *([context["key"]] if "key" in context else []))]
-    param = ".".join(path[1:] if path[0] in ("body", "query", "path", "header") else path) or None
-    more = len(invalid.errors()) - 1
-    message = f"{param or 'the body'}: {first['msg']}" + (f" (and {more} more)" if more else "")
-    code = {"missing": "missing_field", "unknown_key": "unknown_field"}.get(first["type"], "invalid_value")
-    told = HeliostatError(message, code=code, param=param, hint=context.get("hint"))
-    return answer(request, told, 422)
+    told = told_of(invalid.errors())
+    return answer(request, told, 400 if told.code == "invalid_json" else 422)

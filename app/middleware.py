@@ -1,4 +1,5 @@
-"""Around every request: its id, and the limit on the size of a body that is held in memory (all but uploads)."""
+"""Around every request: its id, the limit on the size of a body that is held in memory (all but uploads), and an end to
+bodies that nobody will read."""
 
 from __future__ import annotations
 
@@ -30,14 +31,25 @@ class RequestContext:
         request_id = given if GIVEN_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}".encode()
         scope["heliostat.request_id"] = request_id.decode()
 
+        unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+
+        async def watched() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
+                own = [(b"x-request-id", request_id)]
+                if unread and message["status"] >= 400:  # else the client goes on sending, gigabytes perhaps
+                    own.append((b"connection", b"close"))
                 rest = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
-                message["headers"] = [*rest, (b"x-request-id", request_id)]
+                message["headers"] = [*rest, *own]
             await send(message)
 
         streamed = scope["path"] in self._uploads
-        await self._app(scope, receive if streamed else self._limited(receive), named)
+        await self._app(scope, watched if streamed else self._limited(watched), named)
 
     def _limited(self, receive: Receive) -> Receive:
         seen = 0

@@ -64,7 +64,7 @@ class Run:
 
 def read_rows(file: Path, intents: list[str]) -> list[dict[str, Any]]:
     """One chat a question, the intent as the answer."""
-    system = f"Name the intent: {', '.join(intents)}."
+    system = "Name the intent of the message of a bank customer."
     with file.open(newline="", encoding="utf-8") as source:
         asked = [(row["text"], row["category"]) for row in csv.DictReader(source) if row["category"] in intents]
     random.Random(SHUFFLE_SEED).shuffle(asked)

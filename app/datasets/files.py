@@ -15,6 +15,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from app.datasets.formats import is_format
 from app.datasets.problems import BadRow, DatasetRefused, mapping_required, not_utf8
 from cluster.errors import TooLarge
 
@@ -151,10 +152,15 @@ def _json_array(file: IO[bytes]) -> Iterator[Numbered]:
 def _csv(file: IO[bytes], columns: dict[str, str]) -> Iterator[Numbered]:
     file.seek(0)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
     try:
-        yield from _csv_records(csv.reader(text, strict=True), columns)
+        yield from _csv_records(reader, columns)
     except csv.Error as error:
-        raise DatasetRefused(f"the file is not valid CSV: {error}", code="not_csv") from None
+        raise DatasetRefused(
+            f"the file is not valid CSV: {error} (line {reader.line_num})",
+            code="not_csv",
+            hint='Quote fields that hold commas, quotes or line ends, and double the quotes in them: "so ""quoted"""',
+        ) from None
     finally:
         text.detach()  # the caller's file stays open
 
@@ -163,7 +169,7 @@ def _csv_records(reader: Any, columns: dict[str, str]) -> Iterator[Numbered]:
     headers = next(reader, None)
     if headers is None:
         return
-    if not columns:
+    if not columns and not is_format(set(headers)):
         raise mapping_required(headers)
     absent = sorted(set(columns.values()) - set(headers))
     if absent:
@@ -190,7 +196,7 @@ def _parquet(file: IO[bytes]) -> Iterator[Numbered]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: value for key, value in row.items() if value is not None}
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: no Python value for it
         reason = (
             str(error).splitlines()[0] if number == 0 and isinstance(error, pa.ArrowInvalid) else type(error).__name__
         )

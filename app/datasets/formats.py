@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from app.datasets.messages import chat, conversation, plain_text
@@ -57,10 +58,20 @@ def detect(row: Row) -> Format:
     for format, (needed, _) in KEYS.items():
         if needed <= keys:
             return format
-    raise BadRow(f"its keys are those of no known format{_meant(keys)}; known are: {EXPECTED}")
+    raise BadRow(f"its keys are those of no known format{_meant(_looked_at(keys))}; known are: {EXPECTED}")
 
 
-def _meant(keys: set[str]) -> str:
+def is_format(keys: set[str]) -> bool:
+    return any(needed <= keys for needed, _ in KEYS.values())
+
+
+def _looked_at(keys: set[str]) -> frozenset[str]:
+    """A few, and of each the beginning: the search below is slow, and a file may have a million rows like this."""
+    return frozenset(key[:40] for key in sorted(keys)[:20])
+
+
+@lru_cache(maxsize=128)
+def _meant(keys: frozenset[str]) -> str:
     """Only our own names are shown: a key of the user's may hold data."""
     near = {field for key in keys for field in difflib.get_close_matches(key, FIELDS - keys, n=1, cutoff=0.75)}
     return f" (did you mean {', '.join(sorted(near))}?)" if near else ""

@@ -82,10 +82,10 @@ def ingest(source: Source, sink: IO[bytes], max_bytes: int) -> Ingested:
             row = _good(found)
             format = format or detect(row)
             stored = canonical(row, _same(row, format))
+            line = _line(stored)
         except BadRow as reason:
             tally.refuse(number, str(reason))
             continue
-        line = orjson.dumps(stored) + b"\n"
         tally.accept(stored, line, unused(row, format))
         if tally.size > max_bytes * EXPANSION:
             raise TooLarge(f"the rows have more than {max_bytes * EXPANSION} bytes", param="file", hint="Split it.")
@@ -103,6 +103,13 @@ def _good(found: dict[str, Any] | BadRow) -> dict[str, Any]:
     if isinstance(found, BadRow):
         raise found
     return found
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(row) + b"\n"
+    except orjson.JSONEncodeError:  # bytes from Parquet, lists within lists within lists
+        raise BadRow("it holds a value that JSON cannot hold, or too many levels of nesting") from None
 
 
 def _same(row: dict[str, Any], first: Format) -> Format:

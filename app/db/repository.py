@@ -3,6 +3,7 @@ missing."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Never, TypeVar
@@ -14,6 +15,7 @@ from app.db.models import BaseModel, Checkpoint, Dataset, Environment, Job, Mode
 from cluster.errors import InvalidRequest, NotFound
 
 V = TypeVar("V", Dataset, Environment)
+Named = Dataset | Environment | Model | BaseModel
 P = TypeVar("P", Dataset, Environment, Job, Model, ModelVersion, Checkpoint)
 LABELS = {
     Dataset: "dataset",
@@ -24,6 +26,10 @@ LABELS = {
     Checkpoint: "checkpoint",
     BaseModel: "base_model",
 }
+
+
+NEAR_NAMES = 500
+"""Among so many is looked for what may have been meant."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Repository:
         """`lock`: hold the row until the transaction ends. Raises `NotFound`."""
         statement = select(Job).where(Job.id == job_id, Job.tenant_id == self.tenant)
         job = self.session.scalar(statement.with_for_update() if lock else statement)
-        return job if job is not None else _missing(Job, job_id)
+        return job if job is not None else self._missing(Job, job_id)
 
     def dataset(self, ref: str) -> Dataset:
         return self._versioned(Dataset, ref)
@@ -64,13 +70,22 @@ class Repository:
     def base_model(self, ref: str) -> BaseModel:
         """By id or name; base models belong to all tenants. Raises `NotFound`."""
         found = self.session.scalar(select(BaseModel).where((BaseModel.id == ref) | (BaseModel.name == ref)))
-        return found if found is not None else _missing(BaseModel, ref)
+        return found if found is not None else self._missing(BaseModel, ref)
+
+    def near(self, ref: str, *tables: type[Named]) -> str | None:
+        """A name that may have been meant: the tenant's own, or a base model's."""
+        names: set[str] = set()
+        for table in tables:
+            own = select(table.name) if table is BaseModel else self._own(table).with_only_columns(table.name)
+            names.update(self.session.scalars(own.distinct().limit(NEAR_NAMES)))
+        found = difflib.get_close_matches(ref.partition("@")[0], names, n=1, cutoff=0.6)
+        return found[0] if found else None
 
     def model(self, ref: str) -> Model:
         """By id or name. Raises `NotFound`."""
         own = self._own(Model).where((Model.id == ref) | (Model.name == ref))
         found = self.session.scalar(own)
-        return found if found is not None else _missing(Model, ref)
+        return found if found is not None else self._missing(Model, ref)
 
     def model_version(self, ref: str) -> ModelVersion:
         """By its id, `model` (the newest), `model@3` or `model@alias`, where `model` is a name or id. Raises
@@ -88,7 +103,7 @@ class Repository:
         else:
             versions = versions.where(ModelVersion.id == self._aliased(model.id, which))
         found = self.session.scalar(versions)
-        return found if found is not None else _missing(ModelVersion, ref)
+        return found if found is not None else self._missing(ModelVersion, ref)
 
     def set_alias(self, version: ModelVersion, alias: str) -> ModelAlias:
         """Promotes: the alias means this version from now on; what it meant before stays as history."""
@@ -148,7 +163,7 @@ class Repository:
         if which:
             statement = statement.where(table.version == _number(which))
         found = self.session.scalar(statement.order_by(table.version.desc()).limit(1))
-        return found if found is not None else _missing(table, ref)
+        return found if found is not None else self._missing(table, ref)
 
     def _aliased(self, model_id: str, alias: str) -> str | None:
         newest = select(ModelAlias.version_id).where(ModelAlias.model_id == model_id, ModelAlias.alias == alias)
@@ -157,6 +172,17 @@ class Repository:
     def _last_alias(self, model_id: str, alias: str) -> int:
         last = select(func.max(ModelAlias.number)).where(ModelAlias.model_id == model_id, ModelAlias.alias == alias)
         return self.session.scalar(last) or 0
+
+    def _missing(self, table: type[Table], ref: str) -> Never:
+        label = LABELS[table]
+        near = self.near(ref, table) if table in (Dataset, Environment, Model, BaseModel) else None
+        raise NotFound(
+            f"{label.replace('_', ' ')} {ref[:120]!r} does not exist",
+            code=f"{label}_not_found",
+            hint=f"Did you mean `{near}`?"
+            if near and near != ref.partition("@")[0]
+            else "Look at the list of what there is; names and ids of other tenants are not found either.",
+        )
 
     def _lock(self, what: str) -> None:
         self.session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:what, 0))"), {"what": what})
@@ -167,10 +193,3 @@ def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
 
 
-def _missing(table: type[Table], ref: str) -> Never:
-    label = LABELS[table]
-    raise NotFound(
-        f"{label.replace('_', ' ')} {ref[:120]!r} does not exist",
-        code=f"{label}_not_found",
-        hint="Look at the list of what there is; names and ids of other tenants are not found either.",
-    )

@@ -17,6 +17,7 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 @router.post("", status_code=201, responses={200: {"model": Dataset}}, openapi_extra=MULTIPART)
 async def upload_dataset(request: Request, response: Response, caller: CallerDep, services: ServicesDep) -> Dataset:
     """Streams a file in. 200: the newest version of this name has the same content already."""
+    services.datasets.may_create(caller)  # before anything is read
     async with read_upload(request, services.max_upload_bytes) as upload:
         dataset, new = await run_in_threadpool(services.datasets.create, caller, upload)
     response.status_code = 201 if new else 200

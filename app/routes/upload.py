@@ -11,6 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.schemas.common import did_you_mean
 from app.services.datasets import Upload
 from cluster.errors import HeliostatError, InvalidRequest, TooLarge
 
@@ -95,7 +96,7 @@ def _upload(form: FormData) -> Upload:
             f"unknown form field {unknown[0][:80]!r}",
             code="unknown_field",
             param=unknown[0][:80],
-            hint=f"Known: {FIELDS}.",
+            hint=did_you_mean(unknown[0], FIELDS) or f"Known: {', '.join(FIELDS)}.",
         )
     file = form.get("file")
     if not isinstance(file, UploadFile):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+NAME_RULE = "1 to 64 of a–z, 0–9, '.', '_' and '-', the first a letter or digit"
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$"
 
 
@@ -48,9 +50,14 @@ class RequestBody(BaseModel):
         return renamed
 
 
+def did_you_mean(given: str, known: Collection[str]) -> str | None:
+    """A hint. Only the first 100 characters are looked at: the search is slow on long texts."""
+    near = difflib.get_close_matches(given[:100], known, n=1, cutoff=0.6)
+    return f"Did you mean `{near[0]}`?" if near else None
+
+
 def _unknown(key: str, known: list[str]) -> PydanticCustomError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(sorted(known))}."
+    hint = did_you_mean(key, known) or f"Known here: {', '.join(sorted(known))}."
     return PydanticCustomError("unknown_key", "unknown key", {"key": key[:100], "hint": hint})
 
 

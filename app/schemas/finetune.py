@@ -10,6 +10,7 @@ from app.schemas.common import LABEL_PATTERN, Answer, Name, Reference, RequestBo
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Module = Annotated[Text, Field(min_length=1, max_length=200)]
+Kind = Annotated[Text, Field(max_length=100)]
 
 
 class Hyperparams(RequestBody):
@@ -59,7 +60,7 @@ class Hyperparams(RequestBody):
 
 
 class ResourceConfig(RequestBody):
-    gpu_type: Text | Annotated[list[Text], Field(min_length=1, max_length=20)] | None = Field(
+    gpu_type: Kind | Annotated[list[Kind], Field(min_length=1, max_length=20)] | None = Field(
         None, description="An accelerator's name in any case, or a list that is tried in order. Left out: any."
     )
     mem_limit_gb: float | None = Field(

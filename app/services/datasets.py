@@ -18,7 +18,7 @@ from app.db import ids
 from app.db.models import Dataset as DatasetRow
 from app.db.models import Job as JobRow
 from app.db.repository import Page, PageRequest, Repository
-from app.schemas.common import NAME_PATTERN
+from app.schemas.common import NAME_PATTERN, NAME_RULE
 from app.schemas.datasets import Dataset, DatasetPreview, DatasetReport, PreviewRow, Span
 from app.services.access import Caller
 from app.services.parts import Parts
@@ -47,7 +47,7 @@ class DatasetService:
 
     def create(self, caller: Caller, upload: Upload) -> tuple[Dataset, bool]:
         """(dataset, whether it is new). The same content again under the same name is the version that is there."""
-        tenant = caller.may("dataset:write")
+        tenant = self.may_create(caller)
         name = dataset_name(upload)
         source = Source(upload.file, upload.filename, check_type(upload.type), parse_columns(upload.columns))
         with tempfile.TemporaryFile() as canonical:
@@ -57,6 +57,10 @@ class DatasetService:
             row = _row(tenant, name, prefix, made)
             row.id, row.source_sha256 = dataset_id, _sha256(upload.file)
             return self._store(row, prefix, (upload.file, canonical))
+
+    def may_create(self, caller: Caller) -> str:
+        """The tenant. Raises `Forbidden`."""
+        return caller.may("dataset:write")
 
     def _store(self, row: DatasetRow, prefix: str, files: tuple[IO[bytes], IO[bytes]]) -> tuple[Dataset, bool]:
         """Objects first, then the row that names them: a row never points at nothing."""
@@ -165,7 +169,7 @@ def dataset_name(upload: Upload) -> str:
         return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:64] or "dataset"
     if not re.fullmatch(NAME_PATTERN, upload.name):
         raise InvalidRequest(
-            "a name has 1 to 64 of a–z, 0–9, '.', '_' and '-', and begins with a letter or digit",
+            f"a name has {NAME_RULE}",
             code="invalid_name",
             param="name",
             hint="For instance legal_docs_2024.",

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Dataset, Environment, Job, ModelVersion, Node
+from app.db.models import BaseModel, Dataset, Environment, Job, Model, ModelVersion, Node
 from app.db.repository import Repository
 from app.schemas.finetune import FinetuneRequest
 from app.services.hyperparams import method_and_type, refuse_what_is_not_there, resolve
@@ -125,11 +125,14 @@ def _tuned(repository: Repository, ref: str, training_type: str) -> tuple[BaseMo
     try:
         version = repository.model_version(ref)
     except NotFound:
+        near = repository.near(ref, BaseModel, Model)
         raise NotFound(
             f"base model {ref[:120]!r} does not exist, and no tuned model of this name either",
             code="base_model_not_found",
             param="base_model",
-            hint="`heliostat base-model ls` and `heliostat models ls` show what there is.",
+            hint=f"Did you mean `{near}`?"
+            if near
+            else "`heliostat base-model ls` and `heliostat models ls` show what there is.",
         ) from None
     job = repository.job(version.job_id)
     if version.kind == "adapter" and (training_type == "full" or _stands_on_full(repository, job)):

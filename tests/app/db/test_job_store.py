@@ -13,7 +13,7 @@ from app.db.job_store import SqlJobStore
 from app.db.models import BaseModel, Checkpoint, Event, Job, Lease, Model, ModelVersion, Step
 from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database
-from app.db.transitions import ask
+from app.db.transitions import ask, resume
 from cluster.core.job import JobState, Placement, Wish
 from cluster.errors import Conflict, Fenced
 from trainers.run.ports import Assignment, Heartbeat, StepRow
@@ -266,3 +266,31 @@ def test_the_running_time_is_added_up_over_attempts(
         scheduler.release(epoch, job_id, attempt)
         scheduler.grant(epoch, core_job(job_id, attempt=attempt), Placement({"n1": (0,)}), 30.0)
     assert 7190 < store.assignment(job_id, 3).ran_s < 7300
+
+
+@pytest.mark.parametrize(
+    ("asked", "ends"),
+    [([Wish.PAUSE], "paused"), ([Wish.PAUSE, Wish.CANCEL], "cancelled"), ([Wish.PAUSE, Wish.RUN], "queued")],
+)
+def test_the_last_wish_counts_when_a_pause_is_reached(
+    database: Database, scheduler: SqlSchedulerStore, store: SqlJobStore, epoch: int, job_id: str, asked: Any, ends: str
+) -> None:
+    store.move(job_id, 1, S.RUNNING, reason="x")
+    with database.platform() as session:
+        job = session.get_one(Job, job_id)
+        for wish in asked:
+            resume(session, job) if wish is Wish.RUN else ask(session, job, wish)
+    assert store.move(job_id, 1, S.PAUSED, reason="paused on request")
+    assert (row(database, job_id).state, row(database, job_id).wish) == (ends, "run")
+    assert scheduler.rows().waiting == []  # its slots are not free yet
+    scheduler.release(epoch, job_id, 1)
+    assert [job.id for job in scheduler.rows().waiting] == ([job_id] if ends == "queued" else [])
+
+
+@pytest.mark.parametrize(("type", "counts"), [("stage", True), ("evaluated", True), ("log", False)])
+def test_a_stage_left_behind_is_progress_and_chatter_is_not(
+    database: Database, store: SqlJobStore, job_id: str, type: str, counts: bool
+) -> None:
+    before = row(database, job_id).progress_at
+    store.event(job_id, 1, type, "environment: 700 s")
+    assert (row(database, job_id).progress_at > before) == counts
