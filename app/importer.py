@@ -5,11 +5,15 @@ One detached actor; a claim of a dead one is taken again at the next start, and 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from cluster.storage.objects import ObjectStore, folder_sha256
 ACTOR = "importer"
 LOOK_EVERY_S = 1.0
 CONVERT_LIMIT_S = 3600.0
+SCRATCH = "import-"
 
 
 @dataclass(frozen=True)
@@ -49,24 +54,19 @@ class Importer:
 
     def __init__(self, wiring: Callable[[], ImporterParts]) -> None:
         self._parts = wiring()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
-    def ping(self) -> bool:
-        return self._thread.is_alive()
-
-    def _work(self) -> None:
-        pause = threading.Event()
+    def loop(self, stopping: threading.Event) -> None:
         fresh = True
-        while True:
+        while not stopping.is_set():
             try:
                 if fresh:
                     self._forget_claims()
                     fresh = False
                 if not self.round():
-                    pause.wait(LOOK_EVERY_S)
+                    stopping.wait(LOOK_EVERY_S)
             except Unavailable:
-                pause.wait(5 * LOOK_EVERY_S)
+                fresh = True  # a claim whose end could not be written is nobody's
+                stopping.wait(5 * LOOK_EVERY_S)
 
     def round(self) -> bool:
         """Imports one model, if one waits."""
@@ -80,9 +80,13 @@ class Importer:
             raise
         except HeliostatError as error:
             self._failed(model_id, error)
+        except OSError as error:
+            self._failed(model_id, _not_stored(source, error))
         return True
 
     def _forget_claims(self) -> None:
+        for left in self._parts.settings.data_dir.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
         with self._parts.database.platform() as session:
             session.execute(update(BaseModel).where(BaseModel.status == "preparing").values(claimed_at=None))
 
@@ -102,7 +106,7 @@ class Importer:
 
     def _ready(self, model_id: str, imported: Imported) -> None:
         with self._parts.database.platform() as session:
-            session.execute(
+            named = session.scalar(
                 update(BaseModel)
                 .where(BaseModel.id == model_id)
                 .values(
@@ -113,7 +117,10 @@ class Importer:
                     parameters=imported.facts["parameters"],
                     config=imported.facts["config"],
                 )
+                .returning(BaseModel.id)
             )
+        if named is None:  # removed meanwhile
+            self._parts.storage.delete_prefix(imported.prefix)
 
     def _failed(self, model_id: str, error: HeliostatError) -> None:
         with self._parts.database.platform() as session:
@@ -122,9 +129,32 @@ class Importer:
             )
 
 
+class ImporterActor(Importer):
+    def __init__(self, wiring: Callable[[], ImporterParts]) -> None:
+        super().__init__(wiring)
+        # Started here, because after a crash Ray calls nothing but the constructor.
+        threading.Thread(target=self._work, name="importer", daemon=True).start()
+
+    def _work(self) -> None:
+        """A loop that breaks takes the process with it, so that Ray begins a new one."""
+        try:
+            self.loop(threading.Event())
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _not_stored(source: str, error: OSError) -> HeliostatError:
+    return HeliostatError(
+        f"{source} could not be brought in: {error.strerror or error}",
+        code="storage_unavailable",
+        hint="Look at the free space of the disk and of the storage, then register it again.",
+    )
+
+
 def bring_in(storage: ObjectStore, source: str, template: str | None, scratch: Path) -> Imported:
     """Converts `source` (folder, GGUF file or hub id) and stores it under its own hash. Raises `HeliostatError`."""
-    with tempfile.TemporaryDirectory(prefix="import-", dir=scratch) as aside:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=scratch) as aside:
         folder = Path(aside) / "model"
         facts = convert(source, folder, template)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -163,14 +193,15 @@ def convert(source: str, folder: Path, template: str | None) -> dict[str, Any]:
 def _last_json(output: str) -> dict[str, Any] | None:
     for line in reversed(output.strip().splitlines()):
         if line.startswith("{"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+            with suppress(json.JSONDecodeError):  # something that a library printed
+                answer: dict[str, Any] = json.loads(line)
+                return answer
     return None
 
 
 def ensure_importer(wiring: Callable[[], ImporterParts]) -> None:
     """The named detached actor, made if it is not there."""
-    ray.remote(Importer).options(
+    ray.remote(ImporterActor).options(
         name=ACTOR,
         namespace="heliostat",
         lifetime="detached",

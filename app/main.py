@@ -41,13 +41,8 @@ class AppParts:
 
 
 def create_app(parts: AppParts) -> FastAPI:
-    services = Services(
-        Parts(parts.settings, parts.database, parts.storage, Changes(parts.database.dsn), parts.solve),
-        parts.verifier,
-        parts.issuer,
-    )
     app = FastAPI(title="Heliostat", version="1", lifespan=_lifespan, responses=ERRORS)
-    app.state.services = services
+    app.state.services = make_services(parts)
     app.add_middleware(
         RequestContext,
         max_body_bytes=parts.settings.http.max_body_bytes,
@@ -60,6 +55,11 @@ def create_app(parts: AppParts) -> FastAPI:
     app.include_router(api)
     app.include_router(health.router)
     return app
+
+
+def make_services(parts: AppParts) -> Services:
+    inside = Parts(parts.settings, parts.database, parts.storage, Changes(parts.database.dsn), parts.solve)
+    return Services(inside, parts.verifier, parts.issuer)
 
 
 @asynccontextmanager

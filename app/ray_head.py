@@ -23,11 +23,15 @@ def token_file(settings: Settings) -> Path:
 
 
 def make_token(settings: Settings) -> None:
+    """Whole or not at all: an empty one, left by a kill in between, would lock Ray for good."""
     file = token_file(settings)
-    if not file.exists():
+    if not file.exists() or not file.stat().st_size:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_hex(32))
+        aside = file.with_suffix(".new")
+        aside.unlink(missing_ok=True)
+        aside.touch(mode=0o600)
+        aside.write_text(secrets.token_hex(32))
+        aside.replace(file)
 
 
 def temp_dir(settings: Settings) -> Path:

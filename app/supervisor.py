@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -90,7 +91,7 @@ class Supervisor:
         try:
             self._start_all()
             while not self._stopping.wait(LOOK_EVERY_S):
-                self._look()
+                self._keep()
         except HeliostatError as error:
             log.error("%s %s", error.message, error.hint or "")
             self._say(error=error.as_dict(), phase="failed")
@@ -199,6 +200,15 @@ class Supervisor:
 
     # Keeping
 
+    def _keep(self) -> None:
+        """What does not come back now (a full disk, a port that is taken for a moment) may do so later: giving up would
+        end what still runs."""
+        try:
+            self._look()
+        except (Unavailable, OSError) as error:
+            log.error("starting again what died failed, trying again: %s", error)
+            self._backoff()
+
     def _look(self) -> None:
         """Starts again what died."""
         if self._postgres is not None and self._postgres.pid is None:
@@ -227,11 +237,15 @@ class Supervisor:
         end_all([one for one in (self._control, self._head) if one is not None], ORDERLY_S)
         end_marked(self.state.instance)
         if self._scratch is not None and self._settings.ray.temp_dir is None:
-            keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")
+            try:
+                keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")
+            except OSError as error:
+                log.warning("the logs of Ray were not kept: %s", str(error)[:300])
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _end_all(self) -> None:
-        self._say(phase="stopping", ready=False)
+        with suppress(OSError):  # on a full disk, too, nothing is left behind
+            self._say(phase="stopping", ready=False)
         self._end_ray()
         if self._postgres is not None:
             self._postgres.stop()
@@ -341,6 +355,8 @@ def main() -> None:
     supervisor = Supervisor(settings)
     signal.signal(signal.SIGTERM, supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, supervisor.stop)  # the terminal was closed
     sys.exit(supervisor.run())
 
 

@@ -4,6 +4,7 @@ could lose. Without Ray; `cluster.client` makes it an actor."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ class Scheduler:
         self._view: tuple[Snapshot, float] = (Snapshot(), 0.0)  # replaced whole: `state` is called from other threads
         self._away = True  # the database, or this scheduler, was not there: see `_postpone_judgement`
         self._judge_from = 0.0
+        self._ahead = math.inf  # the database's clock, of ours
         self._changed = False
         self._missing: dict[Attempt, float] = {}  # driver not found; when first
         self._launched: set[Attempt] = set()  # by this scheduler: never launched twice
@@ -83,7 +85,7 @@ class Scheduler:
         off anywhere: the next round finds the same difference. Raises `Unavailable`, `Fenced`."""
         self._changed = False
         rows = self._parts.store.rows()
-        self._postpone_judgement()
+        self._postpone_judgement(rows.now)
         reports = self._nodes.reports()
         self._parts.store.report_nodes(self._epoch, [report.node for report in reports])
         self._recover_lost(rows)
@@ -124,10 +126,14 @@ class Scheduler:
             return f"no progress for {now - job.progress_at:.0f} s"
         return None
 
-    def _postpone_judgement(self) -> None:
+    def _postpone_judgement(self, now: float) -> None:
         """While the database was away nobody could renew a lease or record a step, and training went on: healthy
-        drivers get the time of a whole lease to say so before anything counts as overdue."""
-        if self._away:
+        drivers get the time of a whole lease to say so before anything counts as overdue. So after the machine has
+        slept: then the database's clock has gone on without ours."""
+        ahead = now - self._clock()
+        slept = ahead - self._ahead > self._parts.settings.lease_ttl_s
+        self._ahead = ahead
+        if self._away or slept:
             self._away = False
             self._judge_from = self._clock() + self._parts.settings.lease_ttl_s
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from cluster.errors import Conflict
+from cluster.errors import Conflict, Unavailable
 from cluster.storage.objects import ObjectStore, folder_sha256
 
 MANIFEST = "manifest.json"
@@ -59,21 +60,30 @@ class Staging:
 
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> Path:
         """The scratch folder of an attempt with its files (name → (key, sha256)); those of older attempts go.
-        Raises `NotFound`, `Conflict` (`object_damaged`)."""
+        Raises `NotFound`, `Conflict` (`object_damaged`), `Unavailable` when the attempt was ended meanwhile."""
         self._forget_ended_jobs()
         scratch = self._scratch(job_id, attempt)
         with _locked(scratch.parent / "lock"):
+            _ended(scratch).unlink(missing_ok=True)
             for older in scratch.parent.glob("a*"):
                 if older.name.removeprefix("a").isdecimal() and int(older.name[1:]) < attempt:
                     shutil.rmtree(older)
             _make_folder(scratch)
             for name, (key, sha256) in files.items():
                 self._fetch(key, scratch, name, sha256)
+            if _ended(scratch).exists():
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise Unavailable(f"attempt {attempt} of job {job_id} was ended while its files came", code="ended")
         return scratch
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
-        """The job's own folder stays for a while: it says that the job ran here."""
-        shutil.rmtree(self._scratch(job_id, attempt), ignore_errors=True)
+        """The job's own folder stays for a while: it says that the job ran here. Who stages at this moment clears up
+        himself: he is not waited for."""
+        scratch = self._scratch(job_id, attempt)
+        if scratch.parent.is_dir():
+            with suppress(OSError):  # a full disk
+                _ended(scratch).touch()
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def ran_here(self, job_id: str) -> bool:
         return (self._root / "jobs" / job_id).is_dir()
@@ -90,6 +100,10 @@ class Staging:
 
     def _scratch(self, job_id: str, attempt: int) -> Path:
         return self._root / "jobs" / _plain(job_id) / f"a{attempt}"
+
+
+def _ended(scratch: Path) -> Path:
+    return scratch.with_name(f"ended-{scratch.name}")
 
 
 def _locked(path: Path) -> FileLock:

@@ -20,7 +20,7 @@ from waiting import until
 from app.auth.issuer import Issuer, TokenRequest
 from app.auth.verify import make_verifier
 from app.db.session import Database
-from app.main import AppParts, create_app
+from app.main import AppParts, create_app, make_services
 from app.settings import Settings
 from cluster.storage.objects import ObjectStore
 
@@ -83,10 +83,28 @@ class Api:
 
 
 def make_api(database: Database, folder: Path, **settings: Any) -> Api:
+    parts = make_parts(database, folder, **settings)
+    return _api(create_app(parts), parts)
+
+
+def make_parts(database: Database, folder: Path, **settings: Any) -> AppParts:
     made = Settings(data_dir=folder, **settings)
-    storage, issuer = ObjectStore(made.objects_url), Issuer(made, database)
-    parts = AppParts(made, database, storage, make_verifier(made, database), issuer)
-    return Api(create_app(parts), database, storage, made, issuer)
+    verifier, issuer = make_verifier(made, database), Issuer(made, database)
+    return AppParts(made, database, ObjectStore(made.objects_url), verifier, issuer)
+
+
+def _api(app: FastAPI, parts: AppParts, url: str = "") -> Api:
+    assert parts.issuer is not None
+    return Api(app, parts.database, parts.storage, parts.settings, parts.issuer, url)
+
+
+@contextmanager
+def moved_in(server: Api, database: Database, folder: Path) -> Iterator[Api]:
+    """A running server over another database and folder: an application takes half a second to make and to stop."""
+    parts = make_parts(database, folder)
+    server.app.state.services = services = make_services(parts)
+    yield _api(server.app, parts, server.url)
+    services.close()
 
 
 @contextmanager

@@ -51,9 +51,15 @@ def require(identity: Identity, permission: str, obj: str | None = None) -> None
             code="role_forbids",
             hint=f"Roles that do: {', '.join(role for role, may in ROLES.items() if permission in may)}.",
         )
-    if permission in identity.scopes or (obj is not None and f"{permission}:{obj}" in identity.scopes):
+    # A scope for a name holds for each of its versions: no name has an @.
+    objects = () if obj is None else (obj, obj.partition("@")[0])
+    if permission in identity.scopes or any(f"{permission}:{one}" in identity.scopes for one in objects):
         return
-    raise Forbidden(
+    raise _scope_missing(permission)
+
+
+def _scope_missing(permission: str) -> Forbidden:
+    return Forbidden(
         f"the token's scope does not include {permission}",
         code="scope_missing",
         hint=f"Use a token whose scope includes {permission}.",
@@ -63,6 +69,13 @@ def require(identity: Identity, permission: str, obj: str | None = None) -> None
 def effective(identity: Identity) -> list[str]:
     """The scopes that the role allows, sorted."""
     return sorted(scope for scope in identity.scopes if _permission(scope) in ROLES[identity.role])
+
+
+def require_whole_scope(identity: Identity) -> None:
+    """For making tokens: what a narrow scope forbids must not come back through a wider token. Raises `Forbidden`."""
+    missing = sorted(ROLES[identity.role] - identity.scopes)
+    if missing:
+        raise _scope_missing(missing[0])
 
 
 def require_role(identity: Identity, *roles: str) -> None:

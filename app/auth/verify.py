@@ -83,6 +83,9 @@ class TokenVerifier:
             raise _refusal(f"the claim `{self._settings.tenant_claim}` does not name a tenant", "tenant_missing")
         elif not isinstance(role, str) or role not in TENANT_ROLES:
             raise _refusal("the claim `role` is not a tenant's role", "invalid_role")
+        for claim in ("sub", "jti"):
+            if not isinstance(claims.get(claim, ""), str) or not claims.get(claim, "-").isprintable():
+                raise _refusal(f"the claim `{claim}` is not plain text")
         scope = claims.get("scope", "")
         return Identity(
             tenant=tenant,

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from app.cli.errors import HostProblem
-from app.processes import last_lines
+from app.processes import end_marked, last_lines
 
 MARKER = "heliostat.data"
 """A file in the data folder that says it is ours; the supervisor writes it."""
@@ -132,6 +133,24 @@ def stop(process: psutil.Process, limit_s: float = STOP_LIMIT_S) -> None:
             code="stop_timed_out",
             hint="look into logs/supervisor.log in the data folder; try again",
         ) from error
+
+
+def end_left_behind(data_dir: Path, state: Mapping[str, Any] | None) -> bool:
+    """Ends what a supervisor that was killed left running (its port, too, is then free), and removes its state, which says
+    `ready`; whether anything ran. The lock tells whether it is dead indeed."""
+    if state is None:
+        return False
+    from app.db.embedded import EmbeddedPostgres  # loads the database's library: only a service that crashed needs it
+
+    instance = state.get("instance")
+    try:
+        with FileLock(data_dir / "run" / "lock", timeout=0):
+            ended = bool(instance) and end_marked(str(instance)) > 0
+            ended = EmbeddedPostgres(data_dir / "postgres").end_left_behind() or ended
+            (data_dir / "run" / "supervisor.json").unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return ended
 
 
 def check_folder(data_dir: Path) -> None:

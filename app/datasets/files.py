@@ -15,7 +15,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.datasets.formats import is_format
 from app.datasets.problems import BadRow, DatasetRefused, mapping_required, not_utf8
 from cluster.errors import TooLarge
 
@@ -169,7 +168,7 @@ def _csv_records(reader: Any, columns: dict[str, str]) -> Iterator[Numbered]:
     headers = next(reader, None)
     if headers is None:
         return
-    if not columns and not is_format(set(headers)):
+    if not columns:
         raise mapping_required(headers)
     absent = sorted(set(columns.values()) - set(headers))
     if absent:

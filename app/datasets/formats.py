@@ -61,10 +61,6 @@ def detect(row: Row) -> Format:
     raise BadRow(f"its keys are those of no known format{_meant(_looked_at(keys))}; known are: {EXPECTED}")
 
 
-def is_format(keys: set[str]) -> bool:
-    return any(needed <= keys for needed, _ in KEYS.values())
-
-
 def _looked_at(keys: set[str]) -> frozenset[str]:
     """A few, and of each the beginning: the search below is slow, and a file may have a million rows like this."""
     return frozenset(key[:40] for key in sorted(keys)[:20])

@@ -68,7 +68,7 @@ class EmbeddedPostgres:
             return
         deadline = time.monotonic() + timeout_s
         self._make_folders()
-        self._end_left_behind()
+        self.end_left_behind()
         if not (self._data / "PG_VERSION").exists():
             self._initdb()
         self._check_version()
@@ -107,14 +107,26 @@ class EmbeddedPostgres:
         if os.geteuid() == 0:
             self.folder.chmod(0o711)
         if not self._passfile.exists():
-            _write_private(self._passfile, f"*:*:*:{SUPERUSER}:{secrets.token_urlsafe(24)}\n")
+            aside = self._passfile.with_name("pgpass.new")
+            aside.unlink(missing_ok=True)
+            _write_private(aside, f"*:*:*:{SUPERUSER}:{secrets.token_urlsafe(24)}\n")
+            aside.replace(self._passfile)
 
     def _initdb(self) -> None:
-        password_file = self._data.with_name("initdb-password")
+        """Aside, then renamed: initdb writes PG_VERSION first, so a half-made folder would look like a whole one."""
+        for left in self.folder.glob("making-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of one that was killed, and may still be at it
+        aside = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder))
+        os.chown(aside, _server_uid(), -1)
+        self._run_initdb(aside)
+        aside.rename(self._data)
+
+    def _run_initdb(self, folder: Path) -> None:
+        password_file = self.folder / "initdb-password"
         password_file.unlink(missing_ok=True)
         _write_private(password_file, self._passfile.read_text().strip().rsplit(":", 1)[1])
         os.chown(password_file, _server_uid(), -1)
-        command = ["initdb", "--pgdata", str(self._data), "--username", SUPERUSER, "--pwfile", str(password_file)]
+        command = ["initdb", "--pgdata", str(folder), "--username", SUPERUSER, "--pwfile", str(password_file)]
         command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale-provider=builtin", "--locale=C"]
         command += ["--builtin-locale=C.UTF-8", "--no-instructions"]
         try:
@@ -185,21 +197,23 @@ class EmbeddedPostgres:
             if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
                 connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
 
-    def _end_left_behind(self) -> None:
-        """A server that outlived its supervisor is ended, so that the one that runs is our child. A pid file whose
-        number now belongs to another program is removed: PostgreSQL would take that program for a server."""
+    def end_left_behind(self) -> bool:
+        """A server that outlived its supervisor is ended, so that the one that runs is our child; whether there was one.
+        A pid file whose number now belongs to another program is removed: PostgreSQL would take that program for a
+        server."""
         pid_file = self._data / "postmaster.pid"
         if not pid_file.exists():
-            return
+            return False
         try:
             process = psutil.Process(int(pid_file.read_text().split("\n")[0]))
             ours = process.name() == "postgres" and str(self._data) in process.cmdline()
         except (ValueError, psutil.NoSuchProcess):
-            return  # PostgreSQL removes such a file itself
+            return False  # PostgreSQL removes such a file itself
         if ours:
             _end(process, timeout_s=30.0)
         else:
             pid_file.unlink()
+        return ours
 
     def _last_log_line(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []

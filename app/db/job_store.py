@@ -24,6 +24,9 @@ from cluster.core.job import ACTIVE, JobState, Wish
 from cluster.errors import Conflict, Fenced, NotFound
 from trainers.run.ports import Assignment, Heartbeat, StepRow
 
+PROGRESS = frozenset({"stage", "ready", "evaluated"})
+"""Events that say that a stage was left behind: each stage has the whole limit for itself."""
+
 
 class SqlJobStore:
     def __init__(self, database: Database) -> None:
@@ -63,7 +66,7 @@ class SqlJobStore:
             job = _leaseholder(session, job_id, attempt)
             if job.state == then:
                 return True
-            return transition(session, _active(job), Change(then, reason, error))
+            return _end_as_wished(session, _active(job), Change(then, reason, error))
 
     def event(
         self,
@@ -77,7 +80,9 @@ class SqlJobStore:
     ) -> None:
         """Also after the job has left its attempt's hands, as long as the lease is open: last words are welcome."""
         with self._database.platform() as session:
-            _leaseholder(session, job_id, attempt)
+            job = _leaseholder(session, job_id, attempt)
+            if type in PROGRESS:
+                job.progress_at = func.clock_timestamp()
             append_event(session, job_id, NewEvent(type, message, level, data or {}))
 
     def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
@@ -143,6 +148,19 @@ class SqlJobStore:
 
 
 _NUMBERS = ("epoch", "loss", "lr", "grad_norm", "tokens", "seconds")
+
+
+def _end_as_wished(session: Session, job: Job, change: Change) -> bool:
+    """A pause takes a while (the child writes a checkpoint), and the tenant may change his mind meanwhile: a cancel
+    overtakes it, and one that was taken back is followed by a resume."""
+    wish = Wish(job.wish)
+    if change.then is not JobState.PAUSED or wish is Wish.PAUSE:
+        return transition(session, job, change)
+    if wish is Wish.CANCEL:
+        return transition(session, job, Change(JobState.CANCELLED, "cancel was asked for"))
+    return transition(session, job, change) and transition(
+        session, job, Change(JobState.QUEUED, "the pause was taken back")
+    )
 
 
 def _locked(session: Session, job_id: str) -> Job:

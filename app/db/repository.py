@@ -76,7 +76,9 @@ class Repository:
         """A name that may have been meant: the tenant's own, or a base model's."""
         names: set[str] = set()
         for table in tables:
-            own = select(table.name) if table is BaseModel else self._own(table).with_only_columns(table.name)
+            own = select(table.name)
+            if not issubclass(table, BaseModel):
+                own = own.where(table.tenant_id == self.tenant, table.deleted_at.is_(None))
             names.update(self.session.scalars(own.distinct().limit(NEAR_NAMES)))
         found = difflib.get_close_matches(ref.partition("@")[0], names, n=1, cutoff=0.6)
         return found[0] if found else None
@@ -191,5 +193,3 @@ class Repository:
 def _number(text: str) -> int | None:
     """A version number that a column can hold."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
-
-

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.auth.permissions import PLATFORM_ROLES, Identity, require, require_role
+from app.db.models import Tenant
 from app.db.requests import RequestKey
 from app.db.tenants import ensure_tenant
 from app.services.parts import Parts
-from cluster.errors import Forbidden, InvalidRequest
+from cluster.errors import Forbidden, InvalidRequest, NotFound
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,23 @@ class Access:
         self._known: set[str] = set()
 
     def known(self, caller: Caller) -> Caller:
-        tenant = caller.identity.tenant or caller.acting_for
+        """Raises `NotFound` for a tenant that a platform role has named and that nobody has ever been."""
+        own, named = caller.identity.tenant, caller.acting_for
+        tenant = own or named
         if tenant is not None and tenant not in self._known:
             with self._parts.database.platform() as session:
-                ensure_tenant(session, tenant, self._parts.settings.quota)
+                if own is not None:
+                    ensure_tenant(session, own, self._parts.settings.quota)
+                elif session.get(Tenant, tenant) is None:
+                    raise _no_tenant(tenant)
             self._known.add(tenant)
         return caller
+
+
+def _no_tenant(name: str) -> NotFound:
+    return NotFound(
+        f"tenant {name[:80]!r} does not exist",
+        code="tenant_not_found",
+        param="tenant_id",
+        hint="A tenant is made with its first token: `heliostat token create --tenant NAME`.",
+    )

@@ -24,6 +24,7 @@ class BaseModelService:
     def add(self, caller: Caller, new: NewBaseModel) -> dict[str, Any]:
         """The same again, while it is not failed, is the row that is there. Raises `Conflict` for a name that is taken."""
         caller.must_be("operator")
+        require(caller.identity, "model:deploy", new.name)
         with self._parts.database.platform() as session:
             there = session.scalar(select(BaseModel).where(BaseModel.name == new.name).with_for_update())
             if there is not None and there.status != "failed":
@@ -59,6 +60,7 @@ class BaseModelService:
     def remove(self, caller: Caller, ref: str) -> str:
         """Raises `Conflict` when a job refers to it: its artifacts stand on it."""
         caller.must_be("operator")
+        require(caller.identity, "model:delete", ref)
         with self._parts.database.platform() as session:
             row = session.scalar(
                 select(BaseModel).where((BaseModel.id == ref) | (BaseModel.name == ref)).with_for_update()

@@ -134,6 +134,10 @@ def _tuned(repository: Repository, ref: str, training_type: str) -> tuple[BaseMo
             if near
             else "`heliostat base-model ls` and `heliostat models ls` show what there is.",
         ) from None
+    # Shared: it cannot be deleted between this look and the insertion of the job.
+    repository.session.refresh(version, with_for_update={"read": True})
+    if version.deleted_at is not None:
+        raise NotFound(f"model {ref[:120]!r} was deleted", code="base_model_not_found", param="base_model")
     job = repository.job(version.job_id)
     if version.kind == "adapter" and (training_type == "full" or _stands_on_full(repository, job)):
         raise InvalidRequest(

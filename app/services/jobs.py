@@ -11,14 +11,14 @@ from sqlalchemy.orm import Session
 
 from app.db import ids
 from app.db.events import NewEvent, append_event
-from app.db.models import Dataset, Tenant
+from app.db.models import Dataset, ModelVersion, Tenant
 from app.db.models import Job as JobRow
 from app.db.repository import PageRequest, Repository
 from app.db.requests import idempotent
 from app.db.transitions import Change, ask, resume, retry, transition
 from app.schemas.common import Page
 from app.schemas.finetune import Estimate, FinetuneRequest, Job
-from app.services.access import Caller, Repeat
+from app.services.access import Access, Caller, Repeat
 from app.services.job_plan import Plan, make_plan
 from app.services.job_view import read_around, states_of, view
 from app.services.parts import Parts, SolvedEnvironment
@@ -30,13 +30,14 @@ DEFAULT_ENVIRONMENT = "name: default\n"
 
 
 class JobService:
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, access: Access) -> None:
         self._parts = parts
+        self._access = access
         self._default: SolvedEnvironment | None = None
 
     def create(self, caller: Caller, request: FinetuneRequest, repeat: Repeat) -> dict[str, Any]:
         """Row, lock, first events and idempotency key in one transaction. The job object, as JSON."""
-        caller = caller.for_tenant(request.tenant_id)
+        caller = self._access.known(caller.for_tenant(request.tenant_id))
         tenant = caller.may("model:train", request.base_model)
         if request.priority in ("urgent", "high"):
             caller.may("model:urgent")
@@ -66,7 +67,7 @@ class JobService:
 
     def estimate(self, caller: Caller, request: FinetuneRequest) -> Estimate:
         """The same checks as `create`; nothing is written."""
-        caller = caller.for_tenant(request.tenant_id)
+        caller = self._access.known(caller.for_tenant(request.tenant_id))
         tenant = caller.may("model:train", request.base_model)
         with self._parts.database.tenant(tenant) as session:
             plan = make_plan(session, tenant, request, self._parts.settings)
@@ -133,15 +134,23 @@ class JobService:
 
 
 def _retry(session: Session, job: JobRow) -> None:
-    """Its inputs must still be there."""
+    """Its inputs must still be there, and stay until the job is seen to need them."""
+    shared = {"read": True}
     for dataset_id in (job.dataset_id, job.validation_dataset_id):
-        dataset = session.get(Dataset, dataset_id) if dataset_id else None
+        dataset = session.get(Dataset, dataset_id, with_for_update=shared) if dataset_id else None
         if dataset is not None and dataset.deleted_at is not None:
             raise Conflict(
                 f"dataset {dataset.name}@{dataset.version} of this job was deleted",
                 code="dataset_deleted",
                 hint="Send a new request with another dataset.",
             )
+    parent = session.get(ModelVersion, job.parent_version_id, with_for_update=shared) if job.parent_version_id else None
+    if parent is not None and parent.deleted_at is not None:
+        raise Conflict(
+            "the tuned model that this job continues from was deleted",
+            code="model_deleted",
+            hint="Send a new request with another base_model.",
+        )
     retry(session, job)
 
 

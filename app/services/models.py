@@ -99,6 +99,8 @@ class ModelService:
             else:
                 deleted = repository.model(ref)
                 gone = list(session.scalars(_living(deleted.id)))
+            for row in gone:  # a job that is being created from it holds it: wait and see that job
+                session.refresh(row, with_for_update=True)
             _refuse_used(session, [row.id for row in gone])
             for row in gone:
                 row.deleted_at = func.now()

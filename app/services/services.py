@@ -28,7 +28,7 @@ class Services:
         self.parts = parts
         self._verifier = verifier
         self._access = Access(parts)
-        self.jobs = JobService(parts)
+        self.jobs = JobService(parts, self._access)
         self.events = EventService(parts)
         self.queue = QueueService(parts)
         self.datasets = DatasetService(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.auth.issuer import Issuer, TokenRequest
+from app.auth.permissions import require_whole_scope
 from app.db.models import IssuedToken
 from app.schemas.operators import NewToken
 from app.services.access import Caller
@@ -20,7 +21,7 @@ class TokenService:
 
     def create(self, caller: Caller, new: NewToken) -> dict[str, Any]:
         """The answer is the only place where the token is ever seen."""
-        caller.must_be("admin", "operator")
+        _admit(caller)
         tenant = caller.for_tenant(new.tenant).acting_for if caller.identity.tenant is None else caller.identity.tenant
         if new.tenant is not None:
             caller.for_tenant(new.tenant)
@@ -43,7 +44,7 @@ class TokenService:
         return [_view(row) for row in self._needed().ledger.list(tenant)]
 
     def revoke(self, caller: Caller, jti: str) -> str:
-        caller.must_be("admin", "operator")
+        _admit(caller)
         self._needed().ledger.revoke(jti, caller.identity.tenant or caller.acting_for)
         return jti
 
@@ -55,6 +56,11 @@ class TokenService:
                 hint="Ask that issuer for a token; `auth.builtin` turns on our own, for laptops.",
             )
         return self._issuer
+
+
+def _admit(caller: Caller) -> None:
+    caller.must_be("admin", "operator")
+    require_whole_scope(caller.identity)
 
 
 def _view(row: IssuedToken) -> dict[str, Any]:

@@ -5,6 +5,7 @@ An object appears whole or not at all; a folder is a prefix with one object a fi
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,9 @@ class ObjectStore:
             raise
         sink.close()
         if self._local:
+            _sync(Path(aside))  # a row will name the object: it must survive a power cut as the row does
             self._fs.move(aside, path)
+            _sync(Path(path).parent)
 
     @contextmanager
     def reader(self, key: str) -> Iterator[Any]:
@@ -141,6 +144,14 @@ class ObjectStore:
         if key.startswith("/") or ".." in parts:
             raise ValueError(f"not an object key: {key!r}")
         return f"{self._root}/{key}" if key else self._root
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def folder_sha256(files: dict[str, str]) -> str:

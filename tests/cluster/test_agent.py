@@ -14,6 +14,7 @@ from cluster.agent import NodeAgent
 from cluster.errors import Conflict, NotFound, Unavailable
 from cluster.ports import AgentParts, NodeSettings
 from cluster.processes import MARK_VARIABLE
+from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore, folder_sha256
 
 MODEL = {"config.json": b"{}", "weights/model.safetensors": b"w" * 100_000}
@@ -207,3 +208,24 @@ def test_folders_of_jobs_long_ended_are_forgotten(agent: NodeAgent, objects: Obj
         os.utime(jobs / job_id, (0, 0))
     agent.stage_attempt("ftjob-new", 1, {})
     assert sorted(folder.name for folder in jobs.iterdir()) == ["ftjob-new", "ftjob-recent", "ftjob-there"]
+
+
+def test_files_that_come_after_the_end_of_their_attempt_do_not_stay(
+    tmp_path: Path, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is dead, its call to the agent is not."""
+    files = {name: (name, objects.put_bytes(name, b"1")) for name in ("one", "two")}
+    staging = Staging(tmp_path / "node", objects)
+    get_file = objects.get_file
+
+    def ended_meanwhile(key: str, path: Path, sha256: str | None = None) -> None:
+        if key == "two":
+            staging.clear_attempt("j1", 1)
+        get_file(key, path, sha256)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(objects, "get_file", ended_meanwhile)
+        with pytest.raises(Unavailable):
+            staging.stage_attempt("j1", 1, files)
+    assert not (tmp_path / "node" / "jobs" / "j1" / "a1").exists()
+    assert (staging.stage_attempt("j1", 1, files) / "two").read_bytes() == b"1"  # begun again

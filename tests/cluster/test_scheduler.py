@@ -234,6 +234,18 @@ def test_without_a_sign_after_the_outage_the_attempt_ends(world: World) -> None:
     assert world.store.facts.reasons == ["its lease was not renewed in time"]
 
 
+def test_after_a_sleep_of_the_machine_drivers_get_time_to_renew(world: World) -> None:
+    """The clock on the wall, which the database reads, has gone on; nothing else has."""
+    world.running()
+    world.round()
+    world.store.clock = lambda: world.clock() + 3600
+    world.round()
+    assert world.state() == S.RUNNING
+    world.clock.advance(TIMES.lease_ttl_s)
+    world.round()
+    assert world.store.facts.reasons == ["its lease was not renewed in time"]
+
+
 # Ends -------------------------------------------------------------------------------------------------------------
 
 

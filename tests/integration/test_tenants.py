@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import psycopg
 import pytest
-from heliostat_service import Service, explain_failure, rows, submit, upload, wait_done
+from heliostat_service import Service, explain_failure, rows, submit, upload, wait_done, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -37,6 +37,8 @@ def test_two_tenants_at_once_with_two_versions_of_one_package(service: Service) 
     """The package speaks at the start of the interpreter it is installed for: it is the training process that reports."""
     tenants = {"1.0": service.tenant("acme"), "2.0": service.tenant("globex")}
     jobs = {version: _job_with(client, version) for version, client in tenants.items()}
+    for tenant, job_id in zip(("acme", "globex"), jobs.values(), strict=True):
+        assert f"JobDriver(tenant={tenant}, job={job_id}, attempt=1)" in wait_for(lambda: _shown(service, 2), 60)
     for version, client in tenants.items():
         seen = wait_done(client, jobs[version])
         assert seen["status"] == "succeeded", explain_failure(service, client, jobs[version])
@@ -46,6 +48,20 @@ def test_two_tenants_at_once_with_two_versions_of_one_package(service: Service) 
         assert f"greeter {other}" not in log
     assert _leases_overlapped(service, list(jobs.values()))
     assert tenants["1.0"].get(f"/finetune/{jobs['2.0']}").status_code == 404
+
+
+def _shown(service: Service, count: int) -> list[str]:
+    """The drivers that the Ray dashboard shows as alive, once there are so many; it answers nobody without the token."""
+    url = f"{service.state()['dashboard_url']}/logical/actors"
+    assert httpx.get(url).status_code == 401
+    token = (service.data_dir / "keys" / "ray.token").read_text()
+    actors = httpx.get(url, headers={"authorization": f"Bearer {token}"}).json()["data"]["actors"].values()
+    drivers = [
+        actor["reprName"]
+        for actor in actors
+        if actor["className"] == "DriverActor" and actor["state"] == "ALIVE" and actor["address"]["nodeId"]
+    ]
+    return drivers if len(drivers) >= count and all(drivers) else []
 
 
 def _leases_overlapped(service: Service, job_ids: list[str]) -> bool:

@@ -154,7 +154,7 @@ class RayDriverHandle:
             if self._actor is None:
                 self._actor = ray.get_actor(self._name, namespace=NAMESPACE)
             return ray.get(call(self._actor), timeout=_CALL_S)
-        except (ValueError, RayActorError, GetTimeoutError) as error:
+        except (ValueError, RayError) as error:
             raise DriverGone(f"{self._name}: {_first_line(error)}") from error
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError
+from ray.exceptions import RayActorError, RayError, RaySystemError
 
 from cluster.errors import HeliostatError, Unavailable
 from trainers.run.driver import JobDriver
@@ -78,6 +78,12 @@ class RayDriverLauncher:
         self._wiring = wiring
 
     def start(self, job_id: str, attempt: int) -> None:
+        try:
+            self._start(job_id, attempt)
+        except RayError as error:
+            raise _ray_silent(error) from error
+
+    def _start(self, job_id: str, attempt: int) -> None:
         actor = (
             ray.remote(DriverActor)
             .options(
@@ -101,10 +107,10 @@ class RayDriverLauncher:
             ray.get(actor.ping.remote(), timeout=_PING_S)
         except (ValueError, RayActorError):
             return False
-        except GetTimeoutError:
-            return None
         except RaySystemError as error:
             raise _ray_silent(error) from error
+        except RayError:  # late, or it cannot be set up on its node: the lease runs out
+            return None
         return True
 
     def end(self, job_id: str, attempt: int) -> None:
@@ -112,7 +118,7 @@ class RayDriverLauncher:
         try:
             kill_actor(driver_name(job_id, attempt))
             kill_actor(controller_name(job_id, attempt))
-        except RaySystemError as error:
+        except RayError as error:
             raise _ray_silent(error) from error
 
 

@@ -1,4 +1,5 @@
-"""What a child says is hostile until it was checked: types, finite numbers, no NUL characters (PostgreSQL has none)."""
+"""What a child says is hostile until it was checked: types, finite numbers, no NUL characters and no half
+surrogate pairs (PostgreSQL has none)."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def _check_hashes(hashes: dict[str, Any], kind: str) -> None:
 
 def _clean(value: Any, kind: str) -> Any:
     if isinstance(value, str):
-        return value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+        return value.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         raise _violation(f"its message {kind} has a number that is not finite")
     if isinstance(value, dict):

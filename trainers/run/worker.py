@@ -178,20 +178,23 @@ class Worker:
         self._outbox.put({**record, "at": time.time()})
 
     def _relay(self, child: Child) -> None:
-        """Steps travel in batches, orders in the answers. The last batch goes when all else is done."""
+        """Steps travel in batches, orders in the answers. The last batch goes when all else is done. However this thread
+        ends before that: a child that nobody hears and nobody can stop is ended."""
+        try:
+            self._relay_to_the_end(child)
+        except DriverGone:
+            log.warning("the driver of %s is gone: ending the child", self._task.mark)
+        finally:
+            self._ending.set()
+            while not self._finished.wait(self._task.settings.relay_s):
+                self._drain()  # so that nobody waits for room
+
+    def _relay_to_the_end(self, child: Child) -> None:
         last = False
         while not last:
             last = self._finished.wait(self._task.settings.relay_s)
-            try:
-                orders = self._driver.relay(self._drain())
-            except DriverGone:
-                log.warning("the driver of %s is gone: ending the child", self._task.mark)
-                self._ending.set()
-                break
-            for order in orders:
+            for order in self._driver.relay(self._drain()):
                 self._obey(order, child)
-        while not self._finished.wait(self._task.settings.relay_s):
-            self._drain()  # so that nobody waits for room
 
     def _drain(self) -> list[Record]:
         records: list[Record] = []

@@ -28,6 +28,7 @@ from cluster.errors import InvalidRequest
 
 DEFAULT = "default"
 LOCAL = (DEFAULT, OPERATOR)
+KILLED = "ended the processes of a service that was killed"
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ def up(session: Session, options: UpOptions, place: Place) -> None:
     """Starts everything on this machine; Ctrl-C stops it. Data stays in the data folder."""
     settings = settings_of(place)
     data_dir = settings.data_dir
-    running = local_service.supervisor_of(data_dir, local_service.read_state(data_dir))
+    state = local_service.read_state(data_dir)
+    running = local_service.supervisor_of(data_dir, state)
     if running is not None:
         _welcome(
             session, data_dir, local_service.wait_ready(data_dir, running.is_running, session.out.note), already=True
         )
         return
+    if local_service.end_left_behind(data_dir, state):
+        session.out.note(KILLED)
     launch = local_service.Launch(data_dir, place.config and place.config.resolve(), _port(options.port))
     _check_port(settings.http.host, settings.http.port if launch.port is None else launch.port)
     local_service.check_folder(data_dir)
@@ -185,10 +189,13 @@ def down(
     data_dir = settings_of(place).data_dir
     if purge and not yes:
         _confirm(session, data_dir)
-    process = local_service.supervisor_of(data_dir, local_service.read_state(data_dir))
+    state = local_service.read_state(data_dir)
+    process = local_service.supervisor_of(data_dir, state)
     if process is not None:
         session.out.note("stopping …")
         local_service.stop(process)
+    elif local_service.end_left_behind(data_dir, state):
+        session.out.note(KILLED)
     if purge and data_dir.exists():
         local_service.purge(data_dir)
         _forget(data_dir)

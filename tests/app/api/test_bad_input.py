@@ -15,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders_api import ROWS, Api, jsonl, make_api, serving, upload
+from builders_api import Api, jsonl, make_api, serving, upload
 from sqlalchemy import func, select
 
 from app.db.models import Dataset, Environment, Job, Tenant
@@ -45,11 +45,8 @@ def refused(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
 def test_an_unknown_name_says_what_may_have_been_meant(acme: httpx.Client, field: str, ref: str, meant: str) -> None:
     if field == "environment":
         assert acme.post("/environments", json={"spec": "name: mine\n"}).status_code == 201
-    error = refused(
-        acme.post("/finetune", json={**MINIMAL, field: ref}), 404, f"{field.split('_')[0]}_not_found"
-        if field not in ("base_model", "validation_dataset_id") else
-        {"base_model": "base_model_not_found", "validation_dataset_id": "dataset_not_found"}[field],
-    )
+    kind = field.removeprefix("validation_").removesuffix("_id")
+    error = refused(acme.post("/finetune", json={**MINIMAL, field: ref}), 404, f"{kind}_not_found")
     assert error["param"] == field and f"Did you mean `{meant}`?" in error["hint"]
 
 
@@ -64,14 +61,15 @@ def test_what_may_have_been_meant_is_never_another_tenant_s(api: Api, acme: http
 @pytest.mark.parametrize(
     ("body", "param", "hint"),
     [
-        ({"hyperparams": {"lr": 7}}, "hyperparams.lr", "0"),
+        ({"hyperparams": {"lr": 7}}, "hyperparams.lr", "range"),
         ({"hyperparams": {"lr": "fast"}}, "hyperparams.lr", "number"),
         ({"hyperparams": {"epochs": "3"}}, "hyperparams.epochs", "quotes"),
         ({"method": "sfft"}, "method", "Did you mean `sft`?"),
         ({"priority": "hihg"}, "priority", "Did you mean `high`?"),
         ({"output_model": "No Such Name"}, "output_model", "a–z"),
         ({"resource_config": None}, "resource_config", "object"),
-        ({"base_model": ""}, "base_model", "Leave"),
+        ({"base_model": ""}, "base_model", "/docs"),
+        ({"resource_config": {"gpu_type": 5}}, "resource_config.gpu_type", "text"),
     ],
 )
 def test_a_value_that_does_not_do_comes_with_a_hint(
@@ -114,7 +112,7 @@ def parquet(column: str, values: Any) -> bytes:
 
 
 def far_future() -> Any:
-    return pa.array([2**62], pa.timestamp("s"))
+    return pa.array([2**55], pa.timestamp("ms"))
 
 
 def messages_with(name: Any) -> Any:
@@ -143,12 +141,6 @@ def test_odd_files_are_refused_and_leave_nothing(
         refused(upload(client, content(), filename=filename, **form), 422, code)
     with api.database.platform() as session:
         assert session.scalar(select(func.count()).select_from(Dataset)) == 0 and api.keys() == []
-
-
-def test_a_csv_whose_columns_are_fields_needs_no_mapping(api: Api) -> None:
-    with api.client() as client:
-        made = upload(client, b"prompt,completion\nq,a\n", filename="x.csv")
-        assert made.status_code == 201 and made.json()["format"] == "prompt_completion"
 
 
 def test_one_row_is_enough_and_warned_of(acme: httpx.Client) -> None:
@@ -240,9 +232,3 @@ def test_a_refused_request_leaves_no_job_and_no_key(api: Api, acme: httpx.Client
     with api.database.platform() as session:
         assert session.scalar(select(func.count()).select_from(Job)) == 0
         assert session.connection().exec_driver_sql("SELECT count(*) FROM idempotency_keys").scalar() == 0
-
-
-def test_names_and_rows_are_stored_as_they_came(api: Api) -> None:
-    with api.client() as client:
-        assert upload(client, ROWS, filename="..%2f..%2fetc.jsonl").status_code == 201
-    assert all(key.startswith("tenants/acme/datasets/ds-") or "/datasets/" in key for key in api.keys())

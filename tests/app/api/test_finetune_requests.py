@@ -126,7 +126,7 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
 def test_bad_requests_are_refused_with_the_field_and_a_hint(api: Api, acme: httpx.Client) -> None:
     for change, status, code, param in BAD:
         error = refused(acme.post("/finetune", json={**MINIMAL, **change}), status)
-        assert error["code"] == code, (change, error)
+        assert error["code"] == code and error["param"] and error["hint"], (change, error)
         assert param is None or error["param"] == param, (change, error)
     with api.database.platform() as session:
         assert session.scalar(select(func.count()).select_from(Job)) == 0

@@ -15,7 +15,7 @@ from httpx_sse import connect_sse
 from sqlalchemy import text
 
 from app.db.events import NewEvent, append_event
-from app.db.models import Checkpoint, Job, Step
+from app.db.models import Checkpoint, Job, Model, ModelVersion, Step
 from app.db.transitions import Change, transition
 from app.services.job_view import STATUS
 from cluster.core.job import JobState
@@ -93,6 +93,20 @@ def test_a_retry_needs_its_data(api: Api, acme: httpx.Client, job: str) -> None:
     move(api, job, JobState.FAILED, error={"code": "c", "message": "m"})
     assert acme.delete("/datasets/rows").status_code == 200
     assert acme.post(f"/finetune/{job}/retry").json()["error"]["code"] == "dataset_deleted"
+
+
+def test_a_retry_needs_the_model_that_it_continues_from(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        first = make_job(session, "acme", state="succeeded")
+        session.add(Model(id="model-1", tenant_id="acme", name="tuned", last_version=1))
+        session.flush()
+        keys = {"id": "mv-1", "model_id": "model-1", "job_id": first.id, "tenant_id": "acme", "version": 1}
+        session.add(ModelVersion(**keys, kind="adapter", prefix="p", files={}, metrics={}, lineage={}))
+        session.flush()
+        failed = make_job(session, "acme", state="failed", parent_version_id="mv-1").id
+    assert acme.delete("/models/tuned").status_code == 200
+    answer = acme.post(f"/finetune/{failed}/retry")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_deleted")
 
 
 def test_events_as_pages(api: Api, acme: httpx.Client, job: str) -> None:

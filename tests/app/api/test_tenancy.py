@@ -16,10 +16,11 @@ from builders_db import make_job
 from fastapi.routing import iter_route_contexts
 from joserfc import jwt
 from joserfc.jwk import OKPKey
+from sqlalchemy import Engine, event
 
 from app.auth.verify import platform_audience
 from app.db.models import Model, ModelVersion
-from app.db.session import Database
+from app.db.session import TENANT_ROLE, Database
 
 OPEN = {"/healthz", "/readyz"}
 DOCS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
@@ -145,6 +146,10 @@ def tokens_that_do_not_hold(api: Api) -> dict[str, str]:
         "foreign key": signed(foreign),
         "other issuer": signed(own, iss="elsewhere"),
         "other audience": signed(own, aud="elsewhere"),
+        "subject that is no text": signed(own, sub=5),
+        "subject with a NUL": signed(own, sub="a\0b"),
+        "id that is no text": signed(own, jti=5),
+        "id with a NUL": signed(own, jti="a\0b"),
         "platform audience with a tenant": signed(own, aud=platform_audience(api.settings.auth)),
     }
 
@@ -212,6 +217,69 @@ def test_a_scope_can_be_one_object(api: Api) -> None:
         assert narrow.get("/datasets/rows").status_code == 200
         assert narrow.get("/datasets/other").json()["error"]["code"] == "scope_missing"
         assert narrow.get("/datasets").status_code == 403
+
+
+def test_a_scope_for_one_object_holds_for_its_versions(api: Api) -> None:
+    with api.client("acme") as acme, api.client("acme", scope="dataset:read:rows") as narrow:
+        upload(acme, name="rows")
+        assert narrow.get("/datasets/rows@1").status_code == 200
+        assert narrow.get("/datasets/rowsx@1").status_code == 403
+
+
+def test_a_token_with_a_narrow_scope_makes_no_wider_one(api: Api) -> None:
+    """What a token may not do itself it must not do by making another."""
+    for tenant, role in (("acme", "admin"), (None, "operator")):
+        with api.client(tenant, role) as whole, api.client(tenant, role, scope="model:read") as narrow:
+            for ask in ({"json": {}}, {"json": {"scope": "model:read"}}):
+                answer = narrow.post("/tokens", **ask)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "scope_missing")
+            listed = whole.get("/tokens").json()["data"][0]["id"]
+            assert narrow.delete(f"/tokens/{listed}").status_code == 403
+            assert whole.post("/tokens", json={}).status_code == 201
+
+
+def test_an_operator_s_scope_counts_for_base_models_too(api: Api) -> None:
+    api.add_cluster()
+    with api.client(None, "operator", scope="model:read") as narrow:
+        assert narrow.get("/base-models").status_code == 200
+        assert narrow.post("/base-models", json={"name": "m", "source": "/m"}).status_code == 403
+        assert narrow.delete("/base-models/tiny").status_code == 403
+
+
+TENANTS_TABLES = (
+    "datasets",
+    "environments",
+    "models",
+    "model_versions",
+    "model_aliases",
+    "steps",
+    "checkpoints",
+    "events",
+)
+
+
+def test_what_tenants_own_is_only_read_under_row_level_security(api: Api) -> None:
+    """Every statement of every route: one over a tenant's tables runs as the role that sees this tenant only."""
+    api.add_cluster()
+    seen: list[tuple[str, str]] = []
+
+    def note(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if re.search(rf"\b(FROM|INTO|UPDATE|JOIN) ({'|'.join(TENANTS_TABLES)})\b", statement):
+            role = connection.connection.cursor().execute("SELECT current_user").fetchone()[0]
+            seen.append((role, statement))
+
+    with api.client("acme") as acme:
+        mine = objects(api, acme)
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            for method, path in sorted(routes(api), key=lambda one: one[0] == "DELETE"):
+                if path != "/events":
+                    filled = re.sub(r"\{\w+\}", mine.get(path.split("/")[1], "x"), path)
+                    send(acme, method, path, filled)
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+    assert len(seen) > 50
+    assert {statement for role, statement in seen if role != TENANT_ROLE} == set()
 
 
 def test_a_tenant_s_explanation_names_no_other_tenant_s_job(api: Api) -> None:

@@ -137,6 +137,17 @@ def test_down_ends_no_process_that_only_has_the_number(offline: Run, data: Path)
         bystander.kill()
 
 
+def test_up_after_a_crash_does_not_take_the_last_services_word(offline: Run, data: Path) -> None:
+    (data / "run").mkdir(parents=True)
+    (data / "heliostat.data").touch()
+    old = {"pid": 2**22 + 1, "started_at": 0.0, "ready": True, "url": "http://127.0.0.1:9", "phase": "ready"}
+    (data / "run" / "supervisor.json").write_text(json.dumps(old))
+    assert offline("up", "--detach", "--port", "auto").code == 0
+    state = read_state(data)
+    assert state is not None and state["pid"] != old["pid"] and state["url"] != old["url"]
+    assert offline("down").code == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_up_in_the_foreground_stops_with_ctrl_c(data: Path, number: signal.Signals) -> None:
     code = (

@@ -89,3 +89,26 @@ def test_the_socket_path_stays_short(tmp_path: Path) -> None:
     deep = EmbeddedPostgres(tmp_path / ("d" * 80) / "pg")
     assert len(deep.dsn().split("host=")[1].split("&")[0]) < 90
     assert deep.dsn() == EmbeddedPostgres(tmp_path / ("d" * 80) / "pg").dsn()
+
+
+def test_a_kill_while_the_database_is_made_leaves_no_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """initdb writes PG_VERSION first: what lies there must not be taken for a database."""
+    first = EmbeddedPostgres(tmp_path / "pg", FAST)
+
+    def killed(command: list[str], **_: object) -> None:
+        (Path(command[command.index("--pgdata") + 1]) / "PG_VERSION").write_text("18\n")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("app.db.embedded.subprocess.run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            first.start()
+    second = EmbeddedPostgres(tmp_path / "pg", FAST)
+    second.start()
+    try:
+        psycopg.connect(second.dsn()).close()
+        assert list((tmp_path / "pg").glob("making-*")) == []
+    finally:
+        second.stop()

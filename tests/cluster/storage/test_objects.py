@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,16 @@ def test_the_hash_of_a_folder_is_of_its_content_not_its_order(files: dict[str, s
 def test_the_hash_of_a_folder_changes_with_names_and_contents() -> None:
     hashes = [folder_sha256(files) for files in ({}, {"a": "1"}, {"b": "1"}, {"a": "2"}, {"a": "1", "b": "1"})]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_an_object_is_on_the_disk_before_it_has_its_name(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row names it after that, and must not outlive it in a power cut."""
+    real, named = os.fsync, []
+
+    def seen(fd: int) -> None:
+        named.append(store.exists("a/b"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    store.put_bytes("a/b", b"x")
+    assert named == [False, True]  # the file, then the folder

@@ -80,7 +80,7 @@ def test_a_checkpoint_on_command_is_of_the_step_that_is_done(child: Child, long_
     assert written["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
 def test_stop_leaves_a_checkpoint_that_goes_on_as_if_nothing_was(
     world_size: int, child: Child, second_child: Child, long_run: TrainConfig, tmp_path: Path
 ) -> None:
@@ -96,7 +96,7 @@ def test_stop_leaves_a_checkpoint_that_goes_on_as_if_nothing_was(
     assert second_child.steps[0]["step"] == stopped_at + 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
 def test_parked_means_no_step_until_resumed_and_changes_no_number(
     world_size: int, child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +234,7 @@ def lines_of(command: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.integration
 def test_main_trains_without_a_cluster(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", max_steps=3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -243,6 +244,7 @@ def test_main_trains_without_a_cluster(child: Child, tiny_llama: Path, capitals:
     assert numbers(steps) == numbers(child.run(replace(config, output_dir=str(tmp_path / "2"))))
 
 
+@pytest.mark.integration  # fresh interpreters that import torch and transformers
 def test_main_is_a_rank_under_torchrun(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", max_steps=2, world_size=2)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

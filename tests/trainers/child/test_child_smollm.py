@@ -18,6 +18,7 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+@pytest.mark.integration
 @pytest.mark.smollm
 def test_smollm2_out_of_a_gguf_file_answers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainers.child.convert", str(gguf()), str(tmp_path)]
