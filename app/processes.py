@@ -19,6 +19,14 @@ from cluster.errors import Unavailable
 PORTS = range(20_000, 30_000)
 INSTANCE_VARIABLE = "HELIOSTAT_INSTANCE"
 """Every process that a supervisor starts, and all that those start, carry the instance's id in this variable."""
+_AGAIN = "HELIOSTAT_SAME_INSTANCE"
+"""And in this one: Ray's agents write their titles over the first 63 bytes of what /proc shows as their environment, and
+which variables lie there is chance. Of the two at least one keeps its end."""
+
+
+def mark(instance: str) -> dict[str, str]:
+    """The variables that make a process, and all that it starts, one of this instance."""
+    return {INSTANCE_VARIABLE: instance, _AGAIN: instance}
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -103,7 +111,7 @@ def start(name: str, command: list[str], environment: dict[str, str], log: Path)
 
 def marked(instance: str) -> Iterator[psutil.Process]:
     """Every process of this instance but this one."""
-    needle = f"{INSTANCE_VARIABLE}={instance}".encode()
+    needle = f"_INSTANCE={instance}".encode()
     for pid in psutil.pids():
         if pid == os.getpid():
             continue
@@ -111,7 +119,7 @@ def marked(instance: str) -> Iterator[psutil.Process]:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             continue
-        if needle in environment.split(b"\0"):
+        if any(variable.endswith(needle) for variable in environment.split(b"\0")):
             try:
                 yield psutil.Process(pid)
             except psutil.NoSuchProcess:

@@ -26,13 +26,13 @@ from app import ray_head
 from app.bootstrap import prepare_database
 from app.db.embedded import EmbeddedPostgres
 from app.processes import (
-    INSTANCE_VARIABLE,
     Started,
     end_all,
     end_marked,
     free_port,
     holder_of,
     last_lines,
+    mark,
     port_taken,
     start,
 )
@@ -62,6 +62,8 @@ class State:
     phase: str = "starting"
     error: dict[str, str | None] | None = None
     components: dict[str, dict[str, str | int]] = field(default_factory=dict)
+    scratch: str | None = None
+    """Ray's temporary folder, where it is ours to remove."""
 
 
 class Supervisor:
@@ -122,6 +124,8 @@ class Supervisor:
             left = end_marked(str(earlier["instance"]))
             if left:
                 log.warning("ended %s processes of an earlier instance that was killed", left)
+            if scratch := earlier.get("scratch"):
+                remove_folder(Path(str(scratch)))
 
     def _start_all(self) -> None:
         self._settings = resolve(self._settings)
@@ -145,6 +149,8 @@ class Supervisor:
 
     def _start_ray(self) -> None:
         self._scratch = ray_head.temp_dir(self._settings)
+        self.state.scratch = None if self._settings.ray.temp_dir else str(self._scratch)
+        self._say()  # before anything is in it: whoever comes after a SIGKILL knows what to remove
         environment = self._environment(self._scratch)
         log_dir = self._settings.log_dir
         self._head = start("ray", ray_head.command(self._settings, self._scratch), environment, log_dir / "ray.log")
@@ -163,7 +169,7 @@ class Supervisor:
         return {
             **inherited,
             **ray_head.environment(self._settings, scratch),
-            INSTANCE_VARIABLE: self.state.instance,
+            **mark(self.state.instance),
             CONFIG_VARIABLE: str(resolved_file(self._settings.data_dir)),
             "HELIOSTAT_ENV_ROOT": str(self._settings.node_root),
             # For `ray job submit … -- heliostat …`: the client finds the service and a token on the node.
@@ -241,7 +247,7 @@ class Supervisor:
                 keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")
             except OSError as error:
                 log.warning("the logs of Ray were not kept: %s", str(error)[:300])
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            remove_folder(self._scratch)
 
     def _end_all(self) -> None:
         with suppress(OSError):  # on a full disk, too, nothing is left behind
@@ -268,6 +274,14 @@ class Supervisor:
             pid = self._postgres.pid
             self.state.components["postgres"] = {"pid": pid or 0, "state": "running" if pid else "dead"}
         replace_text(state_file(self._settings.data_dir), json.dumps(vars(self.state)))
+
+
+def remove_folder(folder: Path, timeout_s: float = 5.0) -> None:
+    """Again while a process that is just being killed still writes into it."""
+    deadline = time.monotonic() + timeout_s
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1 if folder.exists() else 0)
 
 
 def keep_ray_logs(scratch: Path, kept: Path) -> None:

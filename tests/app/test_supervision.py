@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from app import ray_head, supervisor
 from app.cli.local_service import end_left_behind, read_state
-from app.processes import INSTANCE_VARIABLE, PORTS, end_marked, free_port, marked, start
+from app.processes import PORTS, end_marked, free_port, mark, marked, start
 from app.settings import Settings
 from app.supervisor import Supervisor, resolve, resolved_file, state_file, write_resolved
 from cluster.errors import Conflict, Unavailable
@@ -45,7 +45,7 @@ def instance() -> Iterator[str]:
 
 
 def environment(instance: str) -> dict[str, str]:
-    return {**os.environ, INSTANCE_VARIABLE: instance}
+    return {**os.environ, **mark(instance)}
 
 
 def listening(port: int) -> subprocess.Popen[str]:
@@ -128,6 +128,15 @@ def test_the_whole_tree_of_an_instance_ends_and_nothing_else(instance: str, tmp_
     assert bystander.alive and not parent.alive
     bystander.process.kill()
     bystander.process.wait()
+
+
+def test_a_program_that_writes_over_its_environment_is_still_found(instance: str, tmp_path: Path) -> None:
+    """As Ray's agents do: the first 63 bytes of what /proc shows are lost."""
+    environment = {**mark(instance), "PATH": os.environ["PATH"]}
+    shown = "\0".join(f"{name}={value}" for name, value in environment.items())
+    kept = dict(line.split("=", 1) for line in shown[63:].split("\0"))
+    left = start("left", SLEEPER, kept, tmp_path / "log")
+    assert [process.pid for process in marked(instance)] == [left.process.pid]
 
 
 def full_disk(*_: object) -> None:

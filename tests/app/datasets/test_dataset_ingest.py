@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from app.datasets.formats import _meant
 from app.datasets.ingest import Ingested, Source, ingest, parse_columns
 from app.datasets.problems import DatasetRefused
 from cluster.errors import InvalidRequest, TooLarge
@@ -96,6 +97,14 @@ def test_at_most_100_bad_rows_are_listed() -> None:
     error = refusal(LINES + b"{}\n" * 250)
     assert error.report is not None
     assert (len(error.report["bad_rows"]), error.report["bad_rows_total"]) == (100, 250)
+
+
+def test_what_was_meant_is_looked_for_once_not_for_every_row() -> None:
+    """A million rows with the wrong keys took minutes, and one row with a very long key too."""
+    _meant.cache_clear()
+    rows = b'{"question": "q", "compltion": "a"}\n' * 5000 + json.dumps({"x" * 3 * MIB: 1}).encode()
+    assert "did you mean completion?" in refusal(rows).message
+    assert _meant.cache_info().misses == 2
 
 
 def test_one_file_has_one_format() -> None:

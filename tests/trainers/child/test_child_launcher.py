@@ -155,7 +155,7 @@ def test_commands_are_answered_to_the_end_and_after(
     assert child.command("park", 2000)["state"] == "finished"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
 def test_end_of_file_ends_the_whole_tree(world_size: int, child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=world_size))
     pids = tree_of(child.pid)
@@ -255,6 +255,7 @@ def test_main_is_a_rank_under_torchrun(child: Child, tiny_llama: Path, capitals:
     assert numbers(steps) == numbers(child.run(replace(config, output_dir=str(tmp_path / "2"))))
 
 
+@pytest.mark.integration
 def test_the_child_has_no_other_house_code_loaded(_zygote: Zygote) -> None:
     program = (
         "import sys, trainers.child.launcher as l; l._versions();"

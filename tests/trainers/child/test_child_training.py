@@ -80,6 +80,7 @@ def test_two_ranks_resume_to_the_same_numbers(
     assert finished[0] == finished[1]
 
 
+@pytest.mark.integration
 def test_two_ranks_resume_full_training_with_masters(
     child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
