@@ -41,7 +41,7 @@ lint: install-test
 	$(BIN)/lint-imports
 
 unit: install-test
-	$(BIN)/pytest -q -m "not integration" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not integration" tests
 
 test: lint unit
 	$(BIN)/pytest -q -m integration tests

@@ -137,6 +137,7 @@ def test_a_program_that_writes_over_its_environment_is_still_found(instance: str
     kept = dict(line.split("=", 1) for line in shown[63:].split("\0"))
     left = start("left", SLEEPER, kept, tmp_path / "log")
     assert [process.pid for process in marked(instance)] == [left.process.pid]
+    assert end_marked(instance) == 1 and not left.alive
 
 
 def full_disk(*_: object) -> None:

@@ -31,7 +31,7 @@ def test_rows_of_the_asked_intents_only(tmp_path: Path) -> None:
     rows = banking77.read_rows(file, INTENTS)
     answers = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows}
     assert answers == {"I lost it, help": "card_lost", "Add money": "top_up"}
-    assert rows[0]["messages"][0]["content"] == "Name the intent: card_lost, top_up."
+    assert rows[0]["messages"][0]["content"] == "Name the intent of the message of a bank customer."
     assert rows == banking77.read_rows(file, INTENTS)
 
 

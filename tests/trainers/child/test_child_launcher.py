@@ -130,7 +130,7 @@ def test_commands_while_evaluating(child: Child, long_run: TrainConfig, tmp_path
     rows = write_rows(tmp_path / "many.jsonl", capital_rows(2000))
     child.start(replace(long_run, validation_file=str(rows), exact_match_rows=2000))
     child.until("ready")
-    assert child.command("ping", 1)["state"] == "evaluating"
+    until(lambda: child.command("ping", 1)["state"] == "evaluating")  # `ready` is told a moment before
     assert child.command("checkpoint", 2)["state"] == "evaluating" and "checkpoint" not in child.types
     assert child.command("park", 3)["state"] == "parked"
     assert child.command("resume", 4)["state"] == "evaluating"
