@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,6 +143,14 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
         except psutil.NoSuchProcess:
             continue
+
+
+def remove_folder(folder: Path, timeout_s: float = 5.0) -> None:
+    """Again while a process that is just being killed still writes into it."""
+    deadline = time.monotonic() + timeout_s
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1 if folder.exists() else 0)
 
 
 def last_lines(file: Path, count: int = 15) -> str:

@@ -34,6 +34,7 @@ from app.processes import (
     last_lines,
     mark,
     port_taken,
+    remove_folder,
     start,
 )
 from app.settings import CONFIG_VARIABLE, Settings, load_settings
@@ -274,14 +275,6 @@ class Supervisor:
             pid = self._postgres.pid
             self.state.components["postgres"] = {"pid": pid or 0, "state": "running" if pid else "dead"}
         replace_text(state_file(self._settings.data_dir), json.dumps(vars(self.state)))
-
-
-def remove_folder(folder: Path, timeout_s: float = 5.0) -> None:
-    """Again while a process that is just being killed still writes into it."""
-    deadline = time.monotonic() + timeout_s
-    while folder.exists() and time.monotonic() < deadline:
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1 if folder.exists() else 0)
 
 
 def keep_ray_logs(scratch: Path, kept: Path) -> None:

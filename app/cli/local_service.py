@@ -18,7 +18,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from app.cli.errors import HostProblem
-from app.processes import end_marked, last_lines
+from app.processes import end_marked, last_lines, remove_folder
 
 MARKER = "heliostat.data"
 """A file in the data folder that says it is ours; the supervisor writes it."""
@@ -147,6 +147,8 @@ def end_left_behind(data_dir: Path, state: Mapping[str, Any] | None) -> bool:
         with FileLock(data_dir / "run" / "lock", timeout=0):
             ended = bool(instance) and end_marked(str(instance)) > 0
             ended = EmbeddedPostgres(data_dir / "postgres").end_left_behind() or ended
+            if scratch := state.get("scratch"):
+                remove_folder(Path(str(scratch)))
             (data_dir / "run" / "supervisor.json").unlink(missing_ok=True)
     except Timeout:
         return False

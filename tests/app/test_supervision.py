@@ -106,6 +106,9 @@ def test_the_command_ends_what_a_killed_supervisor_left(settings: Settings, inst
     killed = Supervisor(settings)
     killed.state.instance, killed.state.ready = instance, True
     settings.run_dir.mkdir(parents=True)
+    scratch = tmp_path / "ray"
+    scratch.mkdir()
+    killed.state.scratch = str(scratch)
     killed._say()
     left = start("left", SLEEPER, environment(instance), tmp_path / "log")
     with FileLock(settings.run_dir / "lock", is_singleton=False):  # the supervisor lives, whatever its state file says
@@ -113,6 +116,7 @@ def test_the_command_ends_what_a_killed_supervisor_left(settings: Settings, inst
         assert left.alive
     assert end_left_behind(settings.data_dir, read_state(settings.data_dir))
     assert not left.alive
+    assert not scratch.exists()
     assert read_state(settings.data_dir) is None  # or the next `up` would find it ready
     assert not end_left_behind(settings.data_dir, read_state(settings.data_dir))
 

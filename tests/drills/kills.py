@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from builders_llama import make_tiny_llama  # noqa: E402
-from heliostat_service import SETTINGS, Service, ended, rows, short_folder, started, upload  # noqa: E402
+from heliostat_service import SETTINGS, Service, ended, rows, started, upload  # noqa: E402
 from kills import STEPS, TARGETS, check_same, run_undisturbed, run_with_kill  # noqa: E402
 
 from benchmarks.hardware import hardware  # noqa: E402
@@ -81,10 +81,10 @@ def main() -> None:
     print(f"{len(wanted)} cases to run")
     if not wanted:
         return
-    folder = short_folder() / "tiny"
-    make_tiny_llama(folder)
     service = started(SETTINGS)
     try:
+        folder = service.data_dir / "tiny"
+        make_tiny_llama(folder)
         service.add_base_model("tiny", folder)
         upload(service.client(), "colours", rows(64))
         failures = drill(service, wanted, now)
