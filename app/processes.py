@@ -17,6 +17,9 @@ import psutil
 
 from cluster.errors import Unavailable
 
+EXEC_S = 0.05
+"""For a moment while it starts a program, a process shows no environment: one empty look is not enough."""
+
 PORTS = range(20_000, 30_000)
 INSTANCE_VARIABLE = "HELIOSTAT_INSTANCE"
 """Every process that a supervisor starts, and all that those start, carry the instance's id in this variable."""
@@ -129,12 +132,17 @@ def marked(instance: str) -> Iterator[psutil.Process]:
 
 def end_marked(instance: str, timeout_s: float = 10.0) -> int:
     """SIGKILL to every process of the instance until none is left: all of them are made to be killed. How many there were."""
-    processes = list(marked(instance))
+    ended: set[int] = set()
     deadline = time.monotonic() + timeout_s
-    while (left := list(marked(instance))) and time.monotonic() < deadline:
+    empty_looks = 0
+    while empty_looks < 2 and time.monotonic() < deadline:
+        left = list(marked(instance))
+        ended.update(process.pid for process in left)
         _signal(left, signal.SIGKILL)
         psutil.wait_procs(left, 1.0)
-    return len(processes)
+        empty_looks = 0 if left else empty_looks + 1
+        time.sleep(0 if left else EXEC_S)
+    return len(ended)
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:

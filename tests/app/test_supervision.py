@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from waiting import until
 
 from app import ray_head, supervisor
 from app.cli.local_service import end_left_behind, read_state
@@ -140,7 +141,7 @@ def test_a_program_that_writes_over_its_environment_is_still_found(instance: str
     shown = "\0".join(f"{name}={value}" for name, value in environment.items())
     kept = dict(line.split("=", 1) for line in shown[63:].split("\0"))
     left = start("left", SLEEPER, kept, tmp_path / "log")
-    assert [process.pid for process in marked(instance)] == [left.process.pid]
+    until(lambda: [process.pid for process in marked(instance)] == [left.process.pid])
     assert end_marked(instance) == 1 and not left.alive
 
 
