@@ -64,6 +64,28 @@ def make_tiny_llama(folder: Path, seed: int = 0, chat_template: str | None = CHA
     return folder
 
 
+def make_hollow_llama(folder: Path, config: dict[str, Any]) -> Path:
+    """A folder with a model of any size and a tokenizer: the weights are made on the meta device, and their file is a hole."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, weight in model.state_dict().items():
+        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + weight.nbytes]}
+        end += weight.nbytes
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    written = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(file.tell() + end)
+    return folder
+
+
 def capital_rows(count: int) -> list[dict[str, Any]]:
     """Chat rows that the tiny model can learn by heart."""
     names = list(CAPITALS)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from builders_api import LLAMA_7B, Api, jsonl, upload
 from builders_db import make_base_model, make_node
+from builders_llama import make_hollow_llama
 from sqlalchemy import func, select, update
 
 from app.db.models import BaseModel, Event, Job, Node, Tenant
+from trainers.child.convert import convert
 
 AS_DOCUMENTED = b"""{"tenant_id":"user_456","base_model":"llama-7b","dataset_id":"legal_docs_2024",
  "hyperparams":{"lr":3e-5,"batch_size":8,"epochs":3},
  "resource_config":{"gpu_type":"A100","mem_limit_gb":48}}
 """
+JSON = {"content-type": "application/json"}
 MINIMAL = {"base_model": "tiny", "dataset_id": "rows"}
 
 
@@ -30,13 +34,22 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-def test_the_documented_request_is_accepted_byte_for_byte(api: Api) -> None:
+def test_the_documented_request_is_accepted_byte_for_byte(api: Api, tmp_path: Path) -> None:
+    """The model as the importer reads it: a folder of 13.5 GB, of which only the headers are on the disk."""
+    model = convert(str(make_hollow_llama(tmp_path / "llama", LLAMA_7B)), tmp_path / "converted")
+    assert model.parameters == 6_738_415_616
     with api.database.platform() as session:
-        make_node(session, "gpu-1", kind="A100-80GB", slots=8, memory_gb=79.0)
-        make_base_model(session, "llama-7b", config=LLAMA_7B, parameters=6_738_415_616)
+        make_node(session, "cpu-1")
+        make_base_model(session, "llama-7b", config=model.config, parameters=model.parameters)
     with api.client("user_456") as client:
         assert upload(client, jsonl({"text": "w " * 20_000}), "legal_docs_2024").status_code == 201
-        answer = client.post("/finetune", content=AS_DOCUMENTED, headers={"content-type": "application/json"})
+        nowhere = refused(client.post("/finetune", content=AS_DOCUMENTED, headers=JSON), 422)
+        assert (nowhere["code"], nowhere["param"]) == ("gpu_type_unavailable", "resource_config.gpu_type")
+    with api.database.platform() as session:
+        make_node(session, "gpu-1", kind="A100-80GB", slots=8, memory_gb=79.0)
+    with api.client("user_456") as client:
+        assert upload(client, jsonl({"text": "w " * 20_000}), "legal_docs_2024").status_code == 201
+        answer = client.post("/finetune", content=AS_DOCUMENTED, headers=JSON)
         assert answer.status_code == 202, answer.text
         job = answer.json()
         assert answer.headers["location"] == f"/api/v1/finetune/{job['id']}"

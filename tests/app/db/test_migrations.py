@@ -25,8 +25,13 @@ def test_models_and_migrated_schema_agree(dsn: str) -> None:
 
 
 def test_migrating_again_changes_nothing(dsn: str) -> None:
+    database = Database(dsn)
+    job_id = queued_job(database)
     migrate(dsn)
     migrate(dsn)
+    with database.platform() as session:
+        assert session.scalars(select(Job.id)).all() == [job_id]
+    database.close()
 
 
 def test_an_owner_that_is_no_superuser_suffices(postgres_server: EmbeddedPostgres) -> None:

@@ -99,3 +99,5 @@ def test_connections_cut_by_a_restart_are_replaced(database: Database) -> None:
         session.execute(select(func.pg_terminate_backend(pid)))
     other.close()
     database.ping()
+    with database.platform() as session:
+        assert session.scalar(select(func.pg_backend_pid())) != pid
