@@ -48,7 +48,6 @@ def test_the_documented_request_is_accepted_byte_for_byte(api: Api, tmp_path: Pa
     with api.database.platform() as session:
         make_node(session, "gpu-1", kind="A100-80GB", slots=8, memory_gb=79.0)
     with api.client("user_456") as client:
-        assert upload(client, jsonl({"text": "w " * 20_000}), "legal_docs_2024").status_code == 201
         answer = client.post("/finetune", content=AS_DOCUMENTED, headers=JSON)
         assert answer.status_code == 202, answer.text
         job = answer.json()
