@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -15,3 +16,6 @@ pytest_plugins = ["fixtures_postgres"]
 # A busy machine is no fault: properties are held for as long as they take.
 settings.register_profile("heliostat", deadline=None)
 settings.load_profile("heliostat")
+
+# A shell that starts the suite in the background has Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
