@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 from app.cli.client import Client
@@ -18,7 +19,7 @@ class Session:
         self.environ = os.environ if environ is None else environ
         self.out = Output(as_json=given.json)
         self._stack = ExitStack()
-        self._clients: dict[bool, Client] = {}
+        self._clients: dict[tuple[bool, bool], Client] = {}
 
     def __enter__(self) -> Session:
         return self
@@ -31,10 +32,12 @@ class Session:
     def connection(self, *, operator: bool = False) -> Connection:
         return resolve(self.given, self.environ, load_contexts(), operator=operator)
 
-    def client(self, *, operator: bool = False) -> Client:
-        """`operator`: the command needs an operator's token (see `contexts.resolve`)."""
-        if operator not in self._clients:
-            client = Client(self.connection(operator=operator), notify=self.out.note)
+    def client(self, *, operator: bool = False, acting: bool = True) -> Client:
+        """`operator`: the command needs an operator's token (see `contexts.resolve`). `acting` False: --tenant is what the
+        command is about, which may not exist yet, not whom it acts for."""
+        if (operator, acting) not in self._clients:
+            connection = self.connection(operator=operator)
+            client = Client(connection if acting else replace(connection, tenant=None), notify=self.out.note)
             self._stack.callback(client.close)
-            self._clients[operator] = client
-        return self._clients[operator]
+            self._clients[operator, acting] = client
+        return self._clients[operator, acting]

@@ -38,7 +38,8 @@ def create(session: Session, wanted: Wanted) -> None:
         "expires_in": round(seconds_of(wanted.expires_in, "--expires-in")) if wanted.expires_in else None,
         "subject": wanted.subject,
     }
-    made = session.client(operator=_needs_operator(session, wanted)).post("/tokens", given(body))
+    client = session.client(operator=_needs_operator(session, wanted), acting=False)
+    made = client.post("/tokens", given(body))
     if wanted.out is None:
         session.out.show(made, lambda: made["token"])
         return

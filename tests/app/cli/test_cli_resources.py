@@ -148,6 +148,7 @@ def test_token_create(cli: Run, service: FakeService, tmp_path: Path) -> None:
     )
     assert said.out == "the-token\n"
     assert service.bodies[-1] == {"tenant": "acme", "role": "member", "scope": "model:read", "expires_in": 86400}
+    assert service.requests[-1] == ("POST", "/tokens", {})  # acme need not exist yet: nobody acts for it
     file = tmp_path / "token"
     said = cli("token", "create", "--tenant", "acme", "--out", str(file))
     assert "the-token" not in said.out + said.err
