@@ -1,10 +1,20 @@
-"""What happens to a cluster, as the state machine is told. Pure."""
+"""What happens to a cluster, as the state machine is told, and what it decides. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-from cluster.core.job import Job, Node, Placement
+from cluster.core.job import Job, Node, Placement, Shape, TenantShare
+
+
+class How(StrEnum):
+    """How a running job gives way."""
+
+    PARK = "park"
+    """Its state goes to host memory, its process stays: it can go on where it was, within seconds."""
+    SUSPEND = "suspend"
+    """It writes a checkpoint and ends: it can go on anywhere."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,17 @@ class NodeLost:
 
 
 @dataclass(frozen=True)
-class TenantLimited:
-    """The tenant may hold `max_slots` at a time; None: as many as there are."""
+class TenantSet:
+    """What a tenant is entitled to has changed."""
 
-    tenant: str
-    max_slots: int | None
+    share: TenantShare
+
+
+@dataclass(frozen=True)
+class TenantUnset:
+    """The tenant has the defaults again."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -45,12 +61,32 @@ class JobRemoved:
 
 @dataclass(frozen=True)
 class JobGranted:
-    """An attempt holds slots; its job waits no more."""
+    """An attempt holds slots since `since`; its job waits no more. So too when a parked attempt was resumed, when an
+    order to give way was taken back, or when what is known of the job has changed. `parked`: it holds only memory."""
+
+    job: Job
+    attempt: int
+    placement: Placement
+    since: float
+    parked: bool = False
+
+
+@dataclass(frozen=True)
+class JobYielding:
+    """The attempt was told to give way. It still holds its slots; they count as coming free."""
 
     job_id: str
     attempt: int
-    tenant: str
-    placement: Placement
+    how: How
+
+
+@dataclass(frozen=True)
+class JobParked:
+    """Its slots are free, its process waits in its nodes' memory: `at` ends the turn."""
+
+    job_id: str
+    attempt: int
+    at: float
 
 
 @dataclass(frozen=True)
@@ -61,15 +97,47 @@ class JobReleased:
     attempt: int
 
 
-Event = NodeJoined | NodeLost | TenantLimited | JobQueued | JobRemoved | JobGranted | JobReleased
+Event = (
+    NodeJoined
+    | NodeLost
+    | TenantSet
+    | TenantUnset
+    | JobQueued
+    | JobRemoved
+    | JobGranted
+    | JobYielding
+    | JobParked
+    | JobReleased
+)
 
 
 @dataclass(frozen=True)
 class Grant:
-    """Give the job these slots. It counts once it is durable and comes back as `JobGranted`."""
+    """Give the job these slots, in a new attempt. It counts once it is durable and comes back as `JobGranted`.
+    `shape`: which of the job's shapes it is."""
 
     job: Job
     placement: Placement
+    shape: Shape
 
 
-Decision = Grant
+@dataclass(frozen=True)
+class Resume:
+    """A parked attempt takes slots of its own nodes again; comes back as `JobGranted`."""
+
+    job_id: str
+    attempt: int
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Yield:
+    """Tell the attempt to give way; comes back as `JobYielding`. A parked one can only be told to suspend."""
+
+    job_id: str
+    attempt: int
+    how: How
+    reason: str
+
+
+Decision = Grant | Resume | Yield

@@ -71,25 +71,55 @@ class Priority(StrEnum):
 @dataclass(frozen=True)
 class Shape:
     """What one job needs of a cluster, worked out at validation: `slots` accelerators of one of `kinds` (empty: any),
-    each with at least `memory_gb` GiB, over `nodes` nodes."""
+    each with at least `memory_gb` GiB."""
 
     slots: int
     memory_gb: float
     kinds: tuple[str, ...] = ()
     nodes: int = 1
+    """The most nodes that the gang may span. It takes as few as can be: whole nodes and at most one part of a node."""
+    park_gb: float = 0.0
+    """GiB of host memory that it needs on each of its nodes while parked; 0: it cannot be parked."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the scheduler sees it. `queued_at` in Unix seconds."""
+    """A job as the scheduler sees it. Times in Unix seconds."""
 
     id: str
     tenant: str
     shape: Shape
     queued_at: float
+    """Since when it waits (again)."""
     priority: Priority = Priority.NORMAL
     attempt: int = 0
     not_before: float = 0.0
+    alternatives: tuple[Shape, ...] = ()
+    """Other shapes that would do, in order of preference, after `shape`."""
+    submitted_at: float | None = None
+    """None: it has waited once only, since `queued_at`."""
+    attained_s: float = 0.0
+    """Seconds that it held its slots in turns that have ended."""
+    outlook: tuple[float, ...] = ()
+    """Equally likely total run times in seconds, sorted, learnt from jobs that have ended; empty: nothing is known."""
+    environment: str = ""
+    """Fingerprint; a node that has it needs not prepare it."""
+    model: str = ""
+    """Base model; a node that has it needs not copy it."""
+    region: str = ""
+    """Only nodes of this region; empty: any."""
+    market: str = ""
+    """`spot` or `on_demand`: only nodes of this market; empty: any."""
+    yields: bool = True
+    """Whether it may be told to give way; False: it holds its slots to its end, unless its node goes."""
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return (self.shape, *self.alternatives)
+
+    @property
+    def born(self) -> float:
+        return self.queued_at if self.submitted_at is None else self.submitted_at
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,28 @@ class Node:
     memory_gb: float
     environments: frozenset[str] = frozenset()
     models: frozenset[str] = frozenset()
+    park_gb: float = 0.0
+    """GiB of host memory for parked jobs, all together."""
+    market: str = "on_demand"
+    region: str = ""
+    price: float = 0.0
+    """Per slot and hour; of nodes that are equally good the cheapest is taken."""
+    draining: bool = False
+    """Nothing starts there; what is there gives way at once."""
+
+
+@dataclass(frozen=True)
+class TenantShare:
+    """What a tenant is entitled to. A tenant without one has the defaults."""
+
+    name: str
+    weight: float = 1.0
+    """Twice the weight, half the price of attained service in the order."""
+    guaranteed_slots: int = 0
+    """Its own; others may borrow what it does not use and give it back when it does."""
+    max_slots: int | None = None
+    urgent_slots: int | None = None
+    """Slots that its urgent jobs may hold before further ones count as high; None: the policy's share."""
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,69 @@
-"""Who goes first: priority, then who waited longest. Pure. Fairness between tenants and aging belong here."""
+"""Who goes first: a class, then how little more service a job is thought to need. Pure."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+import math
+from bisect import bisect_right
+from enum import IntEnum
 
-from cluster.core.job import Job
+from cluster.core.job import Job, Priority
+from cluster.core.policy import Policy
 
-Turn = tuple[int, float, str]
+Turn = tuple[int, float, float, str]
+"""Rank, index, waiting since, id. The smaller one goes first; the id makes the order total."""
+
+NEWCOMER = 1e-3
+"""A newcomer counts as needing its attained service times this: it goes before all who are none."""
+LEAST_S = 1e-6
 
 
-def turn(job: Job) -> Turn:
-    """The smaller one goes first; the id makes the order total."""
-    return job.priority.rank, job.queued_at, job.id
+class Rank(IntEnum):
+    """The smaller goes first. `OWED_…`: within what its tenant is guaranteed."""
+
+    AGED = 0
+    URGENT = 1
+    ELDER = 2
+    OWED_HIGH = 3
+    OWED_NORMAL = 4
+    OWED_LOW = 5
+    HIGH = 6
+    NORMAL = 7
+    LOW = 8
+
+    def owed(self) -> Rank:
+        return Rank(self - 3) if self >= Rank.HIGH else self
+
+    @property
+    def is_owed(self) -> bool:
+        return Rank.OWED_HIGH <= self <= Rank.OWED_LOW
 
 
-class WaitingLine:
-    """The waiting jobs, always in order."""
+RANK_OF = {Priority.URGENT: Rank.HIGH, Priority.HIGH: Rank.HIGH, Priority.NORMAL: Rank.NORMAL, Priority.LOW: Rank.LOW}
+"""Before allowance, age and guarantee are looked at."""
 
-    def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
-        self._turns: list[Turn] = []
 
-    def put(self, job: Job) -> None:
-        self.remove(job.id)
-        self._jobs[job.id] = job
-        insort(self._turns, turn(job))
+def expected_s(job: Job, attained_s: float, policy: Policy) -> float:
+    """What it is thought to need still: the Gittins index of its remaining run time, the least, over all stretches of
+    service, of what the stretch is expected to take by the chance that the job ends in it. Of a job of which nothing is
+    known, or that has outrun what was known, the time that it has run: long run times have heavy tails."""
+    if attained_s < policy.newcomer_s:
+        return max(NEWCOMER * attained_s, LEAST_S)
+    known = job.outlook
+    left = [total - attained_s for total in known[bisect_right(known, attained_s) :]]
+    return _gittins(left) if left else attained_s
 
-    def remove(self, job_id: str) -> None:
-        job = self._jobs.pop(job_id, None)
-        if job is not None:
-            del self._turns[bisect_left(self._turns, turn(job))]
 
-    def get(self, job_id: str) -> Job | None:
-        return self._jobs.get(job_id)
+def index(job: Job, policy: Policy, weight: float) -> float:
+    """Its place in the line, within its class."""
+    seconds = expected_s(job, job.attained_s, policy)
+    if job.attained_s >= policy.newcomer_s:
+        seconds *= job.shape.slots**policy.line_exponent
+    return seconds / weight
 
-    def __iter__(self) -> Iterator[Job]:
-        return (self._jobs[job_id] for _, _, job_id in self._turns)
 
-    def __len__(self) -> int:
-        return len(self._turns)
+def _gittins(left: list[float]) -> float:
+    best, before = math.inf, 0.0
+    for count, longest in enumerate(left, start=1):
+        before += longest
+        best = min(best, (before + (len(left) - count) * longest) / count)
+    return best

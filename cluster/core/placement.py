@@ -1,52 +1,212 @@
-"""Where a job fits: kind, memory, a whole gang on one node, best fit. Pure. Gangs over several nodes belong here."""
+"""Nodes that are alike, in a pool, with an index of what is free: where a gang fits best. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from cluster.core.job import Node, Placement, Shape
-from cluster.core.kinds import CPU, matches, memory_gb
+from sortedcontainers import SortedList
 
-FreeSlots = Mapping[str, frozenset[int]]
-"""Node name → slots that nobody holds."""
+from cluster.core.job import Job, Node, Placement, Shape
+from cluster.core.kinds import memory_gb
 
+MANY = 64
+"""A model that more nodes have than this is looked for among the fitting nodes, not the other way round."""
 
-def could_hold(shape: Shape, node: Node) -> bool:
-    """Whether the node, empty, takes the whole gang (of whatever kind)."""
-    return shape.nodes == 1 and shape.slots <= node.slots and shape.memory_gb <= node.memory_gb
-
-
-def tiers(shape: Shape, nodes: Collection[Node]) -> Iterator[list[Node]]:
-    """Nodes that could hold the gang, in groups to be tried one after the other: the asked kinds in their order;
-    when any kind will do, accelerators, and `cpu` slots only where no accelerator of the cluster could ever hold it."""
-    able = [node for node in nodes if could_hold(shape, node)]
-    if shape.kinds:
-        for asked in shape.kinds:
-            yield [node for node in able if matches(asked, node.kind)]
-    else:
-        yield [node for node in able if node.kind != CPU] or able
+Slots = dict[str, int]
+"""Node name → slots, as bits."""
 
 
-def place(shape: Shape, nodes: Collection[Node], free: FreeSlots) -> Placement | None:
-    """The gang on one node, or nothing: there is no such thing as a part of a gang.
-
-    Of the nodes with room the smallest kind is taken (large ones are for those who need them), of these the fullest."""
-    for group in tiers(shape, nodes):
-        fitting = [node for node in group if len(free[node.name]) >= shape.slots]
-        if fitting:
-            best = min(fitting, key=_fit(free))
-            return Placement({best.name: tuple(sorted(free[best.name])[: shape.slots])})
-    return None
+def bits(slots: Iterable[int]) -> int:
+    return sum(1 << slot for slot in slots)
 
 
-def _fit(free: FreeSlots) -> Callable[[Node], tuple[float, int, str]]:
-    # Rated, not reported, memory: two nodes of one kind differ by a few MiB, which must not decide.
-    return lambda node: (memory_gb(node.kind) or 0.0, len(free[node.name]), node.name)
+def slots_of(mask: int) -> tuple[int, ...]:
+    return tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
 
 
-def best_to_wait_for(shape: Shape, nodes: Collection[Node], free: FreeSlots) -> Node | None:
-    """The node that lacks the fewest slots for the gang; None: no node could ever hold it."""
-    for group in tiers(shape, nodes):
-        if group:
-            return min(group, key=lambda node: (shape.slots - len(free[node.name]), node.name))
-    return None
+def lowest(mask: int, count: int) -> int:
+    """The `count` lowest bits that are set."""
+    taken = 0
+    for _ in range(count):
+        bit = mask & -mask
+        taken, mask = taken | bit, mask ^ bit
+    return taken
+
+
+def masks(placement: Placement) -> Slots:
+    return {node: bits(slots) for node, slots in placement.nodes.items()}
+
+
+def placement_of(taken: Slots) -> Placement:
+    return Placement({node: slots_of(mask) for node, mask in sorted(taken.items())})
+
+
+@dataclass(frozen=True, order=True)
+class PoolKey:
+    """`rated`: memory of the kind, not as reported: nodes of one kind differ by a few MiB, which must not decide."""
+
+    rated: float
+    price: float
+    kind: str
+    slots: int
+    memory: int
+    region: str
+    market: str
+
+
+def pool_key(node: Node) -> PoolKey:
+    rated = memory_gb(node.kind) or 0.0
+    return PoolKey(rated, node.price, node.kind, node.slots, round(node.memory_gb), node.region, node.market)
+
+
+class Pool:
+    """Of each node two counts are kept: slots that are free, and slots that are free or coming free (`soon`)."""
+
+    def __init__(self, key: PoolKey) -> None:
+        self.key = key
+        self.size = key.slots
+        self.nodes: dict[str, Node] = {}
+        self.memory_gb = 0.0
+        self._slots: tuple[Slots, Slots] = ({}, {})
+        self._by_count: tuple[list[SortedList], list[SortedList]] = (self._buckets(), self._buckets())
+        self._most = [0, 0]
+        self.gains = 0
+        """Goes up whenever more slots could be had."""
+        self._with_model: dict[str, set[str]] = {}
+        self._with_environment: dict[str, set[str]] = {}
+
+    def _buckets(self) -> list[SortedList]:
+        return [SortedList() for _ in range(self.size + 1)]
+
+    # Nodes --------------------------------------------------------------------------------------------------------
+
+    def add(self, node: Node) -> None:
+        self.nodes[node.name] = node
+        self.memory_gb = min(one.memory_gb for one in self.nodes.values()) if len(self.nodes) > 1 else node.memory_gb
+        for soon in (False, True):
+            self._slots[soon][node.name] = 0
+            self._by_count[soon][0].add(node.name)
+        self._cache(node, True)
+
+    def discard(self, name: str) -> None:
+        node = self.nodes.pop(name)
+        self.memory_gb = min((one.memory_gb for one in self.nodes.values()), default=0.0)
+        for soon in (False, True):
+            self._by_count[soon][self._slots[soon].pop(name).bit_count()].remove(name)
+            self._most[soon] = self._find_most(soon)
+        self._cache(node, False)
+
+    def _cache(self, node: Node, there: bool) -> None:
+        for index, items in ((self._with_model, node.models), (self._with_environment, node.environments)):
+            for item in items:
+                names = index.setdefault(item, set())
+                names.add(node.name) if there else names.discard(node.name)
+                if not names:
+                    del index[item]
+
+    def update(self, name: str, free: int, soon: int) -> None:
+        """`soon` contains `free`."""
+        for which, mask in ((0, free), (1, soon)):
+            slots = self._slots[which]
+            before, after = slots[name].bit_count(), mask.bit_count()
+            slots[name] = mask
+            if before != after:
+                buckets = self._by_count[which]
+                buckets[before].remove(name)
+                buckets[after].add(name)
+                self.gains += after > before
+                if after > self._most[which] or (before == self._most[which] and not buckets[before]):
+                    self._most[which] = self._find_most(which)
+
+    def mask(self, name: str, soon: bool = False) -> int:
+        return self._slots[soon][name]
+
+    def most(self, soon: bool = False) -> int:
+        """The most free slots on one node."""
+        return self._most[soon]
+
+    def _find_most(self, which: int) -> int:
+        return next((count for count in range(self.size, 0, -1) if self._by_count[which][count]), 0)
+
+    # Gangs --------------------------------------------------------------------------------------------------------
+
+    def span(self, slots: int) -> int:
+        """Nodes that a gang of so many slots takes: as few as can be."""
+        return -(-slots // self.size)
+
+    def could_hold(self, shape: Shape) -> bool:
+        """Whether the pool, empty, takes the whole gang (of whatever kind)."""
+        span = self.span(shape.slots)
+        return shape.memory_gb <= self.memory_gb and span <= min(shape.nodes, len(self.nodes))
+
+    def find(self, slots: int, job: Job, soon: bool = False) -> Slots | None:
+        """The whole gang, or nothing: there is no such thing as a part of a gang. Whole nodes, and the rest on the
+        fullest node that has room. With `soon`, slots that are coming free count, free ones are taken first."""
+        whole, rest = divmod(slots, self.size)
+        if self._most[soon] < (rest or self.size):
+            return None
+        names = self._whole(whole, job, soon) if whole else []
+        if names is None:
+            return None
+        found = dict.fromkeys(names, (1 << self.size) - 1)
+        if rest:
+            name = self.best(rest, job, soon, names)
+            if name is None:
+                return None
+            found[name] = self.part(name, rest, soon)
+        return found
+
+    def part(self, name: str, count: int, soon: bool) -> int:
+        free = self._slots[0][name]
+        if not soon or free.bit_count() >= count:
+            return lowest(free, count)
+        return free | lowest(self._slots[1][name] & ~free, count - free.bit_count())
+
+    def _whole(self, count: int, job: Job, soon: bool) -> list[str] | None:
+        bucket = self._by_count[soon][self.size]
+        if len(bucket) < count:
+            return None
+        if not (job.model or job.environment):
+            return list(bucket[:count])
+        return sorted(bucket, key=lambda name: (-self.affinity(name, job), name))[:count]
+
+    def best(self, at_least: int, job: Job, soon: bool, without: Iterable[str] = ()) -> str | None:
+        """Of the nodes with room: one that has the job's model and environment, else the fullest."""
+        for liked in self._liked(job):
+            name = self._best_of(liked, at_least, soon, without)
+            if name is not None:
+                return name
+        return next(self._fullest(at_least, soon, without), None)
+
+    def _fullest(self, at_least: int, soon: bool, without: Iterable[str]) -> Iterator[str]:
+        buckets = self._by_count[soon]
+        return (name for count in range(at_least, self.size + 1) for name in buckets[count] if name not in without)
+
+    def _best_of(self, liked: set[str], at_least: int, soon: bool, without: Iterable[str]) -> str | None:
+        if len(liked) > MANY:
+            return next((name for name in self._fullest(at_least, soon, without) if name in liked), None)
+        slots = self._slots[soon]
+        room = [(slots[name].bit_count(), name) for name in liked if name not in without]
+        return min((pair for pair in room if pair[0] >= at_least), default=(0, None))[1]
+
+    def _liked(self, job: Job) -> Iterator[set[str]]:
+        """A model costs more to copy than an environment to prepare."""
+        model = self._with_model.get(job.model, set())
+        environment = self._with_environment.get(job.environment, set())
+        if model and environment:
+            yield model & environment
+        if model:
+            yield model
+        if environment:
+            yield environment
+
+    def affinity(self, name: str, job: Job) -> int:
+        """3: model and environment are there; 2: the model; 1: the environment."""
+        node = self.nodes[name]
+        return 2 * (job.model in node.models) + (job.environment in node.environments)
+
+    def closest(self, slots: int) -> list[str]:
+        """The nodes that lack the fewest slots for the gang."""
+        ranked = (name for count in range(self.size, -1, -1) for name in self._by_count[1][count])
+        return [name for name, _ in zip(ranked, range(self.span(slots)), strict=False)]

@@ -1,91 +1,92 @@
-"""Plays the tables of this folder."""
+"""Plays the tables of this folder (README.md says what they hold)."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from scenario_stage import Stage
+from scenario_table import Table, read_table
 
-from cluster.core.events import JobGranted, JobQueued, JobReleased, NodeJoined, NodeLost, TenantLimited
-from cluster.core.explain import explain
-from cluster.core.job import Job, Node, Placement, Priority, Shape
 from cluster.core.state import ClusterState
 
-SCENARIOS = sorted(Path(__file__).parent.glob("*.yaml"))
-ATTEMPT = 1
+FOLDER = Path(__file__).parent
+SCENARIOS = sorted(FOLDER.glob("*.yaml"))
+ALWAYS: dict[str, Any] = {"told": {}, "parked": {}}
+"""What a step that says who runs need not say."""
 
 
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.stem)
 def test_scenario(file: Path) -> None:
-    table = yaml.safe_load(file.read_text())
-    state = _begin(table)
-    for step in table["steps"]:
-        now = float(step.get("at", 0))
-        _happen(state, step)
-        _round(state, now)
-        assert _running(state) == step["running"], f"at {now}: who runs where"
-        assert _waiting(state, now) == step["waiting"], f"at {now}: who waits, and why"
-        settled = state.snapshot()
-        for _ in range(5):
-            _round(state, now)
-        assert state.snapshot() == settled, f"at {now}: five more rounds changed something"
+    table = read_table(file)
+    stage = _played(table, forgetful=False)
+    again = _played(table, forgetful=True)
+    assert again.timeline == stage.timeline, f"{table.title}: a scheduler that was killed decides otherwise"
 
 
-def test_there_are_scenarios() -> None:
-    assert len(SCENARIOS) >= 10
+def _played(table: Table, forgetful: bool) -> Stage:
+    stage = Stage(table, forgetful)
+    stage.begin()
+    for step in table.steps:
+        stage.play(step)
+        _check(stage, step, table.title)
+        _check_settled(stage, table.title)
+    return stage
 
 
-def _begin(table: dict[str, Any]) -> ClusterState:
-    state = ClusterState()
-    tenants = {job["id"]: job.get("tenant", "acme") for job in table["waiting"]}
-    for tenant, more in table.get("tenants", {}).items():
-        state.apply(TenantLimited(tenant, more["max_slots"]))
-    for job_id, place in table.get("running", {}).items():
-        state.apply(JobGranted(job_id, ATTEMPT, tenants.get(job_id, "acme"), _placement(place)))
-    _happen(state, {"join": table["nodes"], "come": table["waiting"]})
-    return state
+def _check(stage: Stage, step: dict[str, Any], title: str) -> None:
+    found, wanted = stage.comes_of_it(), {**(ALWAYS if "running" in step else {}), **step}
+    for key in found.keys() & wanted.keys():
+        got = found[key] if key in ("running", "told", "parked", "waiting") else _asked(found[key], wanted[key])
+        assert _fits(got, wanted[key]), (
+            f"\n{title}\nat {stage.now:g} s, {key}:\n  expected {wanted[key]}\n  got      {got}\n{stage.story()}"
+        )
 
 
-def _happen(state: ClusterState, step: dict[str, Any]) -> None:
-    for job_id in step.get("end", []):
-        state.apply(JobReleased(job_id, ATTEMPT))
-    for name in step.get("lose", []):
-        state.apply(NodeLost(name))
-    for name, offer in step.get("join", {}).items():
-        state.apply(NodeJoined(Node(name, **offer)))
-    for job in step.get("come", []):
-        state.apply(JobQueued(_job(**job)))
+def _asked(found: dict[str, float], wanted: dict[str, Any]) -> dict[str, float]:
+    return {name: found[name] for name in wanted if name in found}
 
 
-def _round(state: ClusterState, now: float) -> None:
-    for grant in state.decide(now):
-        state.apply(JobGranted(grant.job.id, ATTEMPT, grant.job.tenant, grant.placement))
+def _fits(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return got.keys() == wanted.keys() and all(_is(got[name], value) for name, value in wanted.items())
 
 
-def _job(id: str, waited: float = 0, priority: str = "normal", **more: Any) -> Job:
-    tenant, not_before = more.pop("tenant", "acme"), float(more.pop("not_before", 0))
-    shape = Shape(more.pop("slots", 1), more.pop("memory_gb", 1), tuple(more.pop("kinds", ())), more.pop("nodes", 1))
-    assert not more, f"unknown columns {sorted(more)}"
-    return Job(id, tenant, shape, -float(waited), Priority(priority), not_before=not_before)
+def _is(got: Any, wanted: Any) -> bool:
+    """A pair is a range."""
+    return bool(wanted[0] <= got <= wanted[1] if isinstance(wanted, list) else got == wanted)
 
 
-def _placement(place: str) -> Placement:
-    """`n1[0,2]`"""
-    found = re.fullmatch(r"(.+)\[([\d,]+)\]", place)
-    assert found, f"not a place: {place!r}"
-    return Placement({found[1]: tuple(int(slot) for slot in found[2].split(","))})
+def _check_settled(stage: Stage, title: str) -> None:
+    settled = stage.state.snapshot()
+    for _ in range(5):
+        assert stage.state.decide(stage.now) == [], f"{title}: five more rounds change something"
+    assert stage.state.snapshot() == settled, f"{title}: deciding changed something"
+    assert ClusterState.rebuilt(settled, stage.state.policy).snapshot() == settled
 
 
-def _running(state: ClusterState) -> dict[str, str]:
-    return {
-        held.job_id: "+".join(f"{node}[{','.join(map(str, slots))}]" for node, slots in held.placement.nodes.items())
-        for held in state.snapshot().held.values()
-    }
+def test_there_are_forty_scenarios() -> None:
+    assert len(SCENARIOS) >= 40
 
 
-def _waiting(state: ClusterState, now: float) -> dict[str, str]:
-    found = {job.id: explain(state, job.id, now) for job in state.snapshot().waiting}
-    return {job_id: why.reasons[0].code if why and why.reasons else "next" for job_id, why in found.items()}
+def test_the_readme_has_a_line_for_each_scenario() -> None:
+    readme = (FOLDER / "README.md").read_text()
+    lines = [f"- `{file.stem}`: {file.read_text().splitlines()[0].removeprefix('title: ')}" for file in SCENARIOS]
+    assert [line for line in lines if line not in readme.splitlines()] == []
+
+
+def test_an_expectation_that_is_not_met_is_told_with_what_happened(tmp_path: Path) -> None:
+    table = yaml.safe_load((FOLDER / "02-first-come-first-served.yaml").read_text())
+    table["steps"][0]["running"] = {"a-late": "n1[0]"}
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(table))
+    with pytest.raises(AssertionError, match=r"(?s)expected \{'a-late'.*got +\{'b-early'.*b-early has n1\[0\]"):
+        _played(read_table(wrong), forgetful=False)
+
+
+def test_a_misspelt_word_is_an_error(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("{title: t, nodes: {}, steps: [{runing: {}, waiting: {}}]}")
+    with pytest.raises(AssertionError, match="runing"):
+        read_table(wrong)

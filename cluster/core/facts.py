@@ -1,0 +1,389 @@
+"""What is so, and the indexes over it, kept with every event: who waits, who holds, what is free. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import islice
+
+from sortedcontainers import SortedList
+
+from cluster.core.elders import Elders
+from cluster.core.events import How
+from cluster.core.fairness import Ledger
+from cluster.core.job import Job, Node, Priority, TenantShare
+from cluster.core.memory import Memory
+from cluster.core.order import RANK_OF, Rank
+from cluster.core.placement import PoolKey, masks
+from cluster.core.policy import Policy
+from cluster.core.pools import Option, Pools
+from cluster.core.queues import Line, Waiting
+from cluster.core.slices import Attempt, Holding, expires_at, reviewed
+
+AGED_LOOKED_AT = 1024
+
+
+class Facts:
+    """`advance` brings what depends on the time up to `now`; all else follows from the facts alone."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.pools = Pools(policy)
+        self.ledger = Ledger(policy)
+        self.waiting = Waiting(self.ledger, policy)
+        self.held: dict[Attempt, Holding] = {}
+        self.parked: dict[Attempt, Holding] = {}
+        self.on_node: defaultdict[str, set[Attempt]] = defaultdict(set)
+        self.park_used: Counter[str] = Counter()  # GiB on each node, parked or on the way to it
+        self.memory = Memory()
+        self._elders = Elders()
+        self._hidden: dict[str, Job] = {}  # tried again later
+        self._wakes = SortedList()  # (not_before, id)
+        self._by_age = SortedList()  # (queued_at, id) of those that wait and could run
+        self._ages: set[str] = set()
+        self._sorted_out = -1
+        self._signatures: dict[tuple[tuple[int, PoolKey], ...], int] = {}
+        self._attempts: defaultdict[str, set[Attempt]] = defaultdict(set)
+        self._of_tenant: defaultdict[str, set[Attempt]] = defaultdict(set)
+        self._reviews = SortedList()  # (time, attempt) of runners of which something is known
+        self._review_of: dict[Attempt, float] = {}
+        self._modes: dict[str, tuple[frozenset[Attempt], bool]] = {}
+        self._aged: str | None = None
+        self._aged_runners: set[Attempt] = set()
+        self._now = -math.inf
+
+    # Nodes and tenants --------------------------------------------------------------------------------------------
+
+    def join(self, node: Node) -> None:
+        if self.pools.nodes.get(node.name) == node:
+            return
+        self.pools.join(node)
+        self._resized()
+        for key in self.on_node[node.name]:
+            self._put_runner(self.held[key])
+
+    def lose(self, name: str) -> None:
+        if name in self.pools.nodes:
+            self.pools.leave(name)
+            self._resized()
+
+    def _resized(self) -> None:
+        self._elders.stale = True
+        if self.pools.capacity != self.ledger.capacity:
+            self.ledger.resize(self.pools.capacity)
+            self.waiting.urgent_changed()
+            for tenant, account in self.ledger.accounts().items():
+                if account.urgent:
+                    self._check_mode(tenant)
+
+    def entitle(self, share: TenantShare) -> None:
+        before = self.ledger.account(share.name).share
+        if before == share:
+            return
+        self.ledger.set(share)
+        self.memory.clear()
+        self._elders.stale = True
+        self.waiting.reweigh(share.name)
+        self.waiting.tenant_changed(share.name, always=True)
+        self.waiting.urgent_changed()
+        self._check_mode(share.name)
+        for key in self._of_tenant[share.name]:
+            self._put_runner(self.held[key])
+
+    # Who waits ----------------------------------------------------------------------------------------------------
+
+    def queue(self, job: Job) -> None:
+        known = self.waiting.get(job.id) or self._hidden.get(job.id)
+        if known == job:
+            return
+        self._sort_out()
+        if known is not None:
+            self.unqueue(job.id)
+        if job.not_before > 0:
+            self._wakes.add((job.not_before, job.id))
+        if job.not_before > max(self._now, 0.0):
+            self._hidden[job.id] = job
+        else:
+            self._show(job)
+
+    def unqueue(self, job_id: str) -> None:
+        job = self.waiting.get(job_id) or self._hidden.pop(job_id, None)
+        if job is None:
+            return
+        self._hide(job)
+        if job.not_before > 0:
+            self._wakes.remove((job.not_before, job_id))
+
+    def _show(self, job: Job) -> None:
+        self.waiting.put(job, self.class_of(job))
+        line = self.waiting.line_of(job.id)
+        line.alive = bool(self.options(line))
+        self._age(job, line.alive)
+
+    def _hide(self, job: Job) -> None:
+        self.waiting.remove(job.id)
+        self._age(job, False)
+        if job.id == self._aged:
+            self._aged = None
+
+    def _age(self, job: Job, counts: bool) -> None:
+        """Only a job that could run here gets older than others."""
+        if counts and job.id not in self._ages:
+            self._ages.add(job.id)
+            self._by_age.add((job.queued_at, job.id))
+            self._elders.add(job)
+        elif not counts and job.id in self._ages:
+            self._ages.discard(job.id)
+            self._by_age.remove((job.queued_at, job.id))
+            self._elders.remove(job.id)
+
+    def _sort_out(self) -> None:
+        """Other nodes: other jobs could run."""
+        if self._sorted_out != self.pools.version:
+            self.memory.clear()
+            self._sorted_out = self.pools.version
+            for line in self.waiting.lines():
+                counts = bool(self.options(line))
+                for job_id in self.waiting.of_line(line) if counts != line.alive else ():
+                    self._age(self.waiting.job(job_id), counts)
+                line.alive = counts
+
+    def class_of(self, job: Job) -> Rank:
+        if job.id == self._aged:
+            return Rank.AGED
+        if job.id in self._elders.members:
+            return Rank.ELDER
+        return Rank.URGENT if job.priority == Priority.URGENT else RANK_OF[job.priority]
+
+    def options(self, line: Line) -> list[Option]:
+        """What could hold the line's jobs."""
+        if line.version != self.pools.version:
+            line.options, line.version = self.pools.options(line.requirement), self.pools.version
+            signature = tuple((shape.slots, pool.key) for shape, pool in line.options)
+            line.signature = self._signatures.setdefault(signature, len(self._signatures))
+        return line.options
+
+    def in_order(self) -> tuple[Job, ...]:
+        return (*self.waiting.in_order(), *self._late())
+
+    def _late(self) -> list[Job]:
+        return sorted(self._hidden.values(), key=lambda job: (job.not_before, job.id))
+
+    def position(self, job_id: str) -> int:
+        """1 is the next in line; those that are tried again later come last."""
+        if job_id in self.waiting:
+            return self.waiting.position(job_id)
+        return len(self.waiting) + 1 + [job.id for job in self._late()].index(job_id)
+
+    def get(self, job_id: str) -> Job | None:
+        """A job that waits."""
+        return self.waiting.get(job_id) or self._hidden.get(job_id)
+
+    # Who holds ----------------------------------------------------------------------------------------------------
+
+    def hold(self, holding: Holding) -> None:
+        if self.held.get(holding.key) == holding:
+            return
+        self._elders.add(holding.job)
+        self.let_go(holding.key)
+        self.put(holding)
+
+    def let_go(self, key: Attempt) -> None:
+        holding = self.held.get(key)
+        if holding is not None:
+            self.drop(holding)
+            self._elders.remove(holding.job.id)
+
+    def put(self, holding: Holding) -> None:
+        """Raises `SlotConflict`. `drop` undoes it."""
+        key, job = holding.key, holding.job
+        if not holding.parked:
+            slots = masks(holding.placement)
+            self.pools.take(slots)
+            if holding.yielding:
+                self.pools.promise(slots)
+        self.held[key] = holding
+        for name in holding.placement.nodes:
+            self.on_node[name].add(key)
+        self._attempts[job.id].add(key)
+        self._of_tenant[job.tenant].add(key)
+        self._count_memory(holding, 1)
+        if holding.parked:
+            self.parked[key] = holding
+        else:
+            self._count(holding, holding.placement.slots)
+        self._put_runner(holding)
+
+    def drop(self, holding: Holding) -> None:
+        key, job = holding.key, holding.job
+        self._forget_runner(holding)
+        del self.held[key]
+        for name in holding.placement.nodes:
+            self.on_node[name].discard(key)
+        self._attempts[job.id].discard(key)
+        if not self._attempts[job.id]:
+            del self._attempts[job.id]
+        self._of_tenant[job.tenant].discard(key)
+        self._count_memory(holding, -1)
+        if holding.parked:
+            del self.parked[key]
+        else:
+            self.pools.give(masks(holding.placement))
+            self._count(holding, -holding.placement.slots)
+
+    def _count(self, holding: Holding, slots: int) -> None:
+        self.count(holding.job, slots)
+
+    def count(self, job: Job, slots: int) -> None:
+        """Its tenant holds so many more."""
+        urgent = job.priority == Priority.URGENT
+        self.ledger.hold(job.tenant, slots, urgent)
+        self.waiting.tenant_changed(job.tenant)
+        if urgent:
+            self.waiting.urgent_changed()
+        self._check_mode(job.tenant)
+
+    def _count_memory(self, holding: Holding, sign: int) -> None:
+        if holding.parked or holding.yielding == How.PARK:
+            for name in holding.placement.nodes:
+                self.park_used[name] += sign * round(holding.shape.park_gb * 1024)
+
+    # What a runner is worth ---------------------------------------------------------------------------------------
+
+    def rank(self, holding: Holding) -> Rank:
+        job = holding.job
+        account = self.ledger.account(job.tenant)
+        if not holding.parked and holding.since - job.queued_at >= self.policy.aged_after_s:
+            return Rank.AGED
+        if job.id in self._elders.members:
+            return Rank.ELDER
+        if job.priority == Priority.URGENT and self.ledger.urgent_within(job.tenant):
+            return Rank.URGENT
+        own = (
+            account.is_owed(holding.placement.slots)
+            if holding.parked
+            else holding.key in self._modes.get(job.tenant, (frozenset(),))[0]
+        )
+        return RANK_OF[job.priority].owed() if own else RANK_OF[job.priority]
+
+    def _put_runner(self, holding: Holding) -> None:
+        self._forget_runner(holding)
+        if holding.parked:
+            return
+        rank = self.rank(holding)
+        if rank == Rank.AGED:
+            self._aged_runners.add(holding.key)
+        if holding.yielding:
+            return
+        weight = self.ledger.account(holding.job.tenant).share.weight
+        now = max(self._now, holding.since)
+        for name in holding.placement.nodes:
+            runners = self.pools.runners_on(name)
+            if runners is not None:
+                runners.put(name, holding, (rank, weight), now)
+        if holding.job.outlook:
+            at = self._review_of[holding.key] = reviewed(holding, now, self.policy)[1]
+            self._reviews.add((at, holding.key))
+
+    def _forget_runner(self, holding: Holding) -> None:
+        self._aged_runners.discard(holding.key)
+        for name in holding.placement.nodes:
+            runners = self.pools.runners_on(name)
+            if runners is not None:
+                runners.drop(name, holding)
+        at = self._review_of.pop(holding.key, None)
+        if at is not None:
+            self._reviews.remove((at, holding.key))
+
+    def _check_mode(self, tenant: str) -> None:
+        """Which of a tenant's runners are its own, and whether its urgent ones are within its allowance: when that
+        changes, so do their ranks."""
+        before = self._modes.get(tenant, (frozenset(), True))
+        account = self.ledger.account(tenant)
+        own = self._own(tenant) if account.share.guaranteed_slots else frozenset()
+        within = account.urgent == 0 or self.ledger.urgent_within(tenant)
+        self._modes[tenant] = (own, within)
+        changed = set(self._of_tenant[tenant]) if within != before[1] else own ^ before[0]
+        for key in changed:
+            if key in self.held:
+                self._put_runner(self.held[key])
+
+    def _own(self, tenant: str) -> frozenset[Attempt]:
+        """Of what it runs, what is within its guarantee: the first that fit, of the highest priority, then the longest
+        there; the rest is borrowed."""
+        left, own = self.ledger.account(tenant).share.guaranteed_slots, set()
+        runners = [self.held[key] for key in self._of_tenant[tenant] if key not in self.parked]
+        for holding in sorted(runners, key=lambda one: (one.job.priority.rank, one.since, one.key)):
+            if holding.placement.slots <= left:
+                left -= holding.placement.slots
+                own.add(holding.key)
+        return frozenset(own)
+
+    # Time ---------------------------------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        before, self._now = self._now, now
+        self._sort_out()
+        self._wake(before, now)
+        if now < before:
+            for holding in list(self.held.values()):
+                self._put_runner(holding)
+        while self._reviews and self._reviews[0][0] <= now:
+            self._put_runner(self.held[self._reviews[0][1]])
+        self.pools.advance(now)
+        self._choose_elders()
+        self._choose_aged(now)
+
+    def _wake(self, before: float, now: float) -> None:
+        low, high = min(before, now), max(before, now)
+        for _, job_id in list(self._wakes.irange((low,), (high, "\U0010ffff"))):
+            job = self.get(job_id)
+            assert job is not None
+            if job.not_before > now and job_id not in self._hidden:
+                self._hide(job)
+                self._hidden[job_id] = job
+            elif job.not_before <= now and job_id in self._hidden:
+                del self._hidden[job_id]
+                self._show(job)
+
+    def _choose_elders(self) -> None:
+        if self._elders.stale:
+            budget = self.policy.oldest_share * self.ledger.capacity
+            self._reclass(self._elders.choose(budget, self._limit_of))
+
+    def _limit_of(self, tenant: str) -> int | None:
+        return self.ledger.account(tenant).share.max_slots
+
+    def _reclass(self, job_ids: Iterable[str]) -> None:
+        for job_id in sorted(job_ids):
+            job = self.waiting.get(job_id)
+            if job is not None:
+                self.waiting.put(job, self.class_of(job))
+            for key in self._attempts.get(job_id, ()):
+                self._put_runner(self.held[key])
+
+    def _choose_aged(self, now: float) -> None:
+        before, self._aged = self._aged, None if self._aged_runners else self._first_aged(now)
+        if before != self._aged:
+            self._reclass(job_id for job_id in (before, self._aged) if job_id is not None)
+
+    def _first_aged(self, now: float) -> str | None:
+        until = (now - self.policy.aged_after_s, "\U0010ffff")
+        for _, job_id in islice(self._by_age.irange(None, until), AGED_LOOKED_AT):
+            job = self.waiting.get(job_id)
+            if job is not None and self.ledger.account(job.tenant).admits(self.waiting.line_of(job_id).least):
+                return str(job_id)
+        return None
+
+    def next_look(self, now: float) -> float | None:
+        looks = []
+        if len(self.waiting) or self.parked:
+            looks.append((now // self.policy.look_s + 1) * self.policy.look_s)
+        if self.waiting.pressing():
+            looks.append(self.pools.settles_after(now))
+        wake = next(iter(self._wakes.irange((now, "\U0010ffff"))), None)
+        if wake is not None:
+            looks.append(wake[0])
+        looks += [expires_at(one, self.policy) for one in self.parked.values() if not one.yielding]
+        return min((look for look in looks if now < look < math.inf), default=None)

@@ -1,0 +1,346 @@
+"""One look at everybody who waits, in the order of their turns: who starts, who gives way for whom, for whom slots are
+kept. It tries each step out on the facts, so that the next one sees it, and takes all of them back at its end. Pure."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from cluster.core.events import Decision, Grant, How, Resume, Yield
+from cluster.core.facts import Facts
+from cluster.core.job import Job, Shape
+from cluster.core.kinds import CPU
+from cluster.core.memory import Failure
+from cluster.core.order import Rank, Turn, expected_s, index
+from cluster.core.placement import Pool, Slots, bits, lowest, placement_of
+from cluster.core.pools import Option, Requirement
+from cluster.core.queues import Line, Name
+from cluster.core.slices import Holding, expires_at
+from cluster.core.victims import Claim, Room, worth_of
+
+Undo = Callable[[], None]
+
+
+@dataclass
+class Outcome:
+    """What the round meant for those who got nothing yet. `promised`: slots are coming free for them."""
+
+    granted: set[str] = field(default_factory=set)
+    promised: set[str] = field(default_factory=set)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Node → the job that its free slots are kept for."""
+
+
+class Round:
+    def __init__(self, facts: Facts, now: float, remembers: bool = False) -> None:
+        self._remembers = remembers
+        self._gains = facts.pools.gains()
+        self._gained = facts.pools.gained()
+        self._trail = 0
+        self._facts = facts
+        self._now = now
+        self._made: list[Decision] = []
+        self._undo: list[Undo] = []
+        self._hopeless: set[int] = set()
+        self._passed: dict[Requirement, set[Name]] = {}
+        self.outcome = Outcome()
+
+    def decisions(self) -> list[Decision]:
+        try:
+            self._leave_draining_nodes()
+            self._serve_in_order()
+            self._give_up_parking()
+        finally:
+            while self._undo:
+                self._undo.pop()()
+            self._facts.pools.regain(self._gains)
+        return self._made
+
+    # In order -----------------------------------------------------------------------------------------------------
+
+    def _serve_in_order(self) -> None:
+        facts = self._facts
+        lines = list(facts.waiting.lines())
+        parked = [held for held in facts.parked.values() if not held.yielding]
+        heads = ((line.head, number) for number, line in enumerate(lines))
+        heap: list[tuple[Turn, int]] = [(turn, number) for turn, number in heads if turn is not None]
+        heap += [(turn_of_parked(facts, held), len(lines) + number) for number, held in enumerate(parked)]
+        heapq.heapify(heap)
+        while heap:
+            turn, number = heapq.heappop(heap)
+            if number >= len(lines):
+                self._serve_parked(parked[number - len(lines)])
+                continue
+            line = lines[number]
+            unchanged = not self._undo or self._head(line) == turn
+            if unchanged and not self._serve_head(line, turn):
+                continue
+            head = self._head(line)
+            if head is not None:
+                heapq.heappush(heap, (head, number))
+
+    def _head(self, line: Line) -> Turn | None:
+        passed = self._passed.get(line.requirement) if self._passed else None
+        if not passed:
+            return line.head
+        return next((turn for turn, name in line.heads if name not in passed), None)
+
+    def _serve_head(self, line: Line, turn: Turn) -> bool:
+        """Whether the next one in the line may be looked at: it got something, or it was its tenant's limit."""
+        facts = self._facts
+        options = facts.options(line)
+        if not options or line.signature in self._hopeless:
+            return False
+        failure = self._failure(turn, options)
+        if facts.memory.fails_again(line.signature, failure):
+            self._hopeless.add(line.signature)
+            return False
+        job = facts.waiting.job(turn[3])
+        account = facts.ledger.account(job.tenant)
+        able = options if account.room is None else [one for one in options if account.admits(one[0].slots)]
+        if self._start(job, able) or self._await(job, able) or self._displace(job, able):
+            return True
+        kept = self._keep_for(job, able)
+        if len(able) < len(options):
+            self._passed.setdefault(line.requirement, set()).add(facts.waiting.name_of(job.id))
+            return True
+        self._hopeless.add(line.signature)  # what is free only shrinks in a round, and those behind deserve less
+        if self._remembers and not kept:
+            begins = job.queued_at + facts.policy.reserve_after_s
+            until = begins if begins > self._now else math.inf
+            facts.memory.failed(line.signature, replace(failure, until=until))
+        return False
+
+    def _failure(self, turn: Turn, options: list[Option]) -> Failure:
+        gains = sum(self._gained[id(pool)] for _, pool in options)
+        return Failure(turn, gains, self._trail, self._now, math.inf)
+
+    def _start(self, job: Job, options: list[Option]) -> bool:
+        for shape, pool in options:
+            found = pool.find(shape.slots, job)
+            if found is not None:
+                own = self._at_home(job, pool, next(iter(found))) if len(found) == 1 and job.model else None
+                self._grant(*own) if own else self._grant(job, shape, found)
+                return True
+        return False
+
+    def _at_home(self, job: Job, pool: Pool, name: str) -> tuple[Job, Shape, Slots] | None:
+        """Before a node takes a job that has to move there: one of its own, that deserves it about as much."""
+        facts, policy, models = self._facts, self._facts.policy, pool.nodes[name].models
+        if not models or job.model in models or self._now - job.queued_at >= policy.reserve_after_s:
+            return None
+        rank, deserves = facts.waiting.turn(job.id)[:2]
+        for own in sorted(facts.waiting.at_home(models), key=lambda one: facts.waiting.turn(one.id)):
+            turn = facts.waiting.turn(own.id)
+            if turn[0] == rank and turn[1] <= deserves * policy.steal_margin:
+                slots = self._fits_on(own, pool, name)
+                if slots is not None:
+                    return own, *slots
+        return None
+
+    def _fits_on(self, job: Job, pool: Pool, name: str) -> tuple[Shape, Slots] | None:
+        free, account = pool.mask(name), self._facts.ledger.account(job.tenant)
+        for shape, there in self._facts.options(self._facts.waiting.line_of(job.id)):
+            if there is pool and shape.slots <= free.bit_count() and account.admits(shape.slots):
+                return shape, {name: lowest(free, shape.slots)}
+        return None
+
+    def _await(self, job: Job, options: list[Option]) -> bool:
+        """Others were told to give way before, and their slots will do."""
+        for shape, pool in options:
+            found = pool.find(shape.slots, job, soon=True)
+            if found is not None:
+                self._claim(job, found)
+                return True
+        return False
+
+    def _displace(self, job: Job, options: list[Option]) -> bool:
+        rooms = []
+        rank = self._facts.waiting.turn(job.id)[0]
+        for number, (shape, pool) in enumerate(options):
+            runners = self._facts.pools.runners[pool.key]
+            if not runners.may(shape.slots, rank, self._now):
+                continue
+            room = runners.room(shape.slots, self._claim_of(job, rank, shape.slots))
+            if room is not None:
+                rooms.append((room.cost, number, room))
+        if not rooms:
+            return False
+        _, number, room = min(rooms, key=lambda one: one[:2])
+        self._make_room(job, room)
+        pool = options[number][1]
+        self._claim(job, {name: pool.part(name, count, soon=True) for name, count in room.parts.items()})
+        return True
+
+    def _claim_of(self, job: Job, rank: int, slots: int) -> Claim:
+        policy = self._facts.policy
+        weight = self._facts.ledger.account(job.tenant).share.weight
+        seconds = expected_s(job, job.attained_s, policy)
+        return Claim(rank, worth_of(seconds, slots, weight, policy), self._now)
+
+    # Slots kept ---------------------------------------------------------------------------------------------------
+
+    def _keep_for(self, job: Job, options: list[Option]) -> bool:
+        """Smaller jobs behind must not feed on a gang's nodes for ever. One gang's nodes at a time are kept, so that
+        waiting for it idles as little as it can; it lacks some of their slots, so all that are free are its own."""
+        policy = self._facts.policy
+        waits = self._now - job.queued_at >= policy.reserve_after_s
+        first = job.attained_s < policy.newcomer_s or self._facts.waiting.turn(job.id)[0] <= Rank.OWED_LOW
+        if not (options and waits and first) or len(set(self.outcome.kept.values())) >= policy.reservations:
+            return False
+        shape, pool = options[0]
+        for name in pool.closest(shape.slots):
+            self.outcome.kept[name] = job.id
+            self._take({name: pool.mask(name, soon=True)})
+            self._keep(pool, name)
+            self._trail = hash((self._trail, job.id, name))
+        return True
+
+    def _keep(self, pool: Pool, name: str) -> None:
+        runners = self._facts.pools.runners[pool.key]
+        runners.keep(name, True)
+        self._undo.append(lambda: runners.keep(name, False))
+
+    # Parked jobs --------------------------------------------------------------------------------------------------
+
+    def _serve_parked(self, parked: Holding) -> None:
+        free, soon = self._own_slots(parked, False), self._own_slots(parked, True)
+        if not self._facts.ledger.account(parked.job.tenant).admits(parked.placement.slots):
+            return
+        if free is not None:
+            self._resume(parked, free)
+        elif soon is not None:
+            self._claim(parked.job, soon)
+        elif not self._displace_for(parked):
+            self._move(parked)
+
+    def _own_slots(self, parked: Holding, soon: bool) -> Slots | None:
+        """Slots of its own nodes that it could go on with; of accelerators, which its process has open, the same."""
+        found = {}
+        for name, slots in parked.placement.nodes.items():
+            pool = self._facts.pools.pool_of(name)
+            if pool is None:
+                return None
+            there, same = pool.mask(name, soon), bits(slots)
+            if there & same == same:
+                found[name] = same
+            elif pool.key.kind != CPU or there.bit_count() < len(slots):
+                return None
+            else:
+                found[name] = pool.part(name, len(slots), soon)
+        return found
+
+    def _displace_for(self, parked: Holding) -> bool:
+        name = next(iter(parked.placement.nodes))
+        pool, job = self._facts.pools.pool_of(name), parked.job
+        if pool is None or pool.key.kind != CPU:
+            return False
+        parts = {name: len(slots) for name, slots in parked.placement.nodes.items()}
+        claim = self._claim_of(job, self._facts.rank(parked), parked.placement.slots)
+        room = self._facts.pools.runners[pool.key].room_on(parts, claim)
+        if room is None:
+            return False
+        self._make_room(job, room)
+        self._claim(job, {name: pool.part(name, count, soon=True) for name, count in parts.items()})
+        return True
+
+    def _move(self, parked: Holding) -> None:
+        """Its own nodes are busy, others are not."""
+        facts, job = self._facts, parked.job
+        if self._now - parked.since < facts.policy.min_run_s:
+            return
+        for shape, pool in facts.pools.options_of(job):
+            found = pool.find(shape.slots, job)
+            if found is not None:
+                self._yield(parked, "its own node is busy, and slots of another are free")
+                self._claim(job, found)
+                return
+
+    def _give_up_parking(self) -> None:
+        for held in list(self._facts.parked.values()):
+            late = expires_at(held, self._facts.policy) <= self._now
+            if late and not held.yielding and held.job.id not in self.outcome.promised:
+                self._yield(held, "it has been parked for long; it can go on elsewhere once it is suspended")
+
+    # Giving way ---------------------------------------------------------------------------------------------------
+
+    def _leave_draining_nodes(self) -> None:
+        for name in sorted(self._facts.pools.draining):
+            for key in sorted(self._facts.on_node[name]):
+                if not self._facts.held[key].yielding:
+                    self._yield(self._facts.held[key], f"node {name} is being drained")
+
+    def _make_room(self, job: Job, room: Room) -> None:
+        for key in room.victims:
+            held = self._facts.held[key]
+            whose = "another job of its tenant" if held.job.tenant == job.tenant else "another tenant's job"
+            self._yield(held, f"its turn is over: {whose} deserves the slots more now", self._how(held))
+
+    def _how(self, held: Holding) -> How:
+        """Parked where the memory of all its nodes has room for it."""
+        need, facts = held.shape.park_gb, self._facts
+        nodes = [facts.pools.nodes.get(name) for name in held.placement.nodes]
+        fits = all(node and need <= node.park_gb - facts.park_used[node.name] / 1024 for node in nodes)
+        return How.PARK if need > 0 and fits else How.SUSPEND
+
+    # Steps and their undoing --------------------------------------------------------------------------------------
+
+    def _yield(self, held: Holding, reason: str, how: How = How.SUSPEND) -> None:
+        self._made.append(Yield(*held.key, how, reason))
+        self._replace(held, replace(held, yielding=how))
+
+    def _resume(self, parked: Holding, slots: Slots) -> None:
+        placement = placement_of(slots)
+        self._made.append(Resume(*parked.key, placement))
+        self.outcome.granted.add(parked.job.id)
+        self._replace(parked, replace(parked, placement=placement, since=self._now, parked=False))
+
+    def _replace(self, held: Holding, then: Holding) -> None:
+        facts = self._facts
+        facts.drop(held)
+        facts.put(then)
+        self._undo += [lambda: facts.put(held), lambda: facts.drop(then)]
+
+    def _grant(self, job: Job, shape: Shape, slots: Slots) -> None:
+        facts = self._facts
+        placement = placement_of(slots)
+        asked = next(one for one in job.shapes if replace(one, park_gb=0.0) == shape)
+        self._made.append(Grant(job, placement, asked))
+        self.outcome.granted.add(job.id)
+        rank = facts.waiting.class_of(job.id)
+        holding = Holding(job, job.attempt + 1, placement, self._now)
+        facts.waiting.remove(job.id)
+        facts.put(holding)
+        self._undo += [lambda: facts.waiting.put(job, rank), lambda: facts.drop(holding)]
+
+    def _claim(self, job: Job, slots: Slots) -> None:
+        """Slots that come free are promised to it: nobody behind may have them, and no further victim is needed."""
+        facts = self._facts
+        self.outcome.promised.add(job.id)
+        self._trail = hash((self._trail, job.id, tuple(slots.items())))
+        rank = facts.waiting.class_of(job.id) if job.id in facts.waiting else None
+        facts.waiting.remove(job.id)
+        self._take(slots)
+        count = sum(mask.bit_count() for mask in slots.values())
+        facts.count(job, count)
+
+        def undo() -> None:
+            facts.count(job, -count)
+            if rank is not None:
+                facts.waiting.put(job, rank)
+
+        self._undo.append(undo)
+
+    def _take(self, slots: Slots) -> None:
+        pools = self._facts.pools
+        marks = pools.marks(slots)
+        pools.take(slots)
+        self._undo.append(lambda: pools.restore(marks))
+
+
+def turn_of_parked(facts: Facts, parked: Holding) -> Turn:
+    job, rank = parked.job, facts.rank(parked)
+    weight = facts.ledger.account(job.tenant).share.weight
+    return rank, job.born if rank == Rank.ELDER else index(job, facts.policy, weight), parked.since, job.id

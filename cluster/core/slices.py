@@ -1,0 +1,66 @@
+"""Time slices: from when on a runner may be told to give way, and when what it is worth is looked at again. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core.events import How
+from cluster.core.job import Job, Placement, Shape
+from cluster.core.policy import Policy
+
+Attempt = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one attempt of a job holds: slots since `since`; or, parked, only memory since then."""
+
+    job: Job
+    attempt: int
+    placement: Placement
+    since: float
+    yielding: How | None = None
+    parked: bool = False
+
+    @property
+    def key(self) -> Attempt:
+        return self.job.id, self.attempt
+
+    @property
+    def shape(self) -> Shape:
+        """The one of the job's shapes that it was placed with."""
+        slots = self.placement.slots
+        return next((shape for shape in self.job.shapes if shape.slots == slots), self.job.shape)
+
+    def attained_s(self, now: float) -> float:
+        """Seconds of service in all its turns."""
+        return self.job.attained_s + (0.0 if self.parked else max(0.0, now - self.since))
+
+
+def settled_at(holding: Holding, policy: Policy) -> float:
+    """Nobody takes its slots earlier."""
+    return holding.since + policy.min_run_s
+
+
+def ripens_in(policy: Policy) -> float:
+    """So long after it has settled, it gives way also to one of its own class."""
+    return max(0.0, policy.quantum_s - policy.min_run_s)
+
+
+def reviewed(holding: Holding, now: float, policy: Policy) -> tuple[float, float]:
+    """(Service at its last review, time of its next one). What is thought of a runner is looked at again whenever its
+    service has grown by a quarter: a function of the facts, so that a rebuilt state agrees with one that has watched."""
+    attained, end = holding.job.attained_s, holding.attained_s(now)
+    following = _next_review(attained, policy)
+    while following <= end:
+        attained, following = following, _next_review(following, policy)
+    return attained, holding.since + following - holding.job.attained_s
+
+
+def _next_review(attained_s: float, policy: Policy) -> float:
+    return max(policy.newcomer_s, attained_s * 1.25, 1.0)
+
+
+def expires_at(holding: Holding, policy: Policy) -> float:
+    """When a parked one is suspended."""
+    return holding.since + policy.park_max_s
