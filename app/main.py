@@ -13,7 +13,7 @@ from app import errors
 from app.auth.issuer import Issuer
 from app.db.session import Database
 from app.middleware import RequestContext
-from app.routes import cluster, datasets, environments, events, finetune, health, models
+from app.routes import cluster, datasets, environments, events, finetune, health, models, tenants
 from app.schemas.common import ErrorBody
 from app.services.changes import Changes
 from app.services.parts import Parts, SolvedEnvironment
@@ -40,17 +40,19 @@ class AppParts:
     solve: Callable[[str], SolvedEnvironment] = field(default=solve)
 
 
-def create_app(parts: AppParts) -> FastAPI:
+def create_app(parts: AppParts, *, under_serve: bool = False) -> FastAPI:
+    """`under_serve`: Ray Serve answers with the request's id itself."""
     app = FastAPI(title="Heliostat", version="1", lifespan=_lifespan, responses=ERRORS)
     app.state.services = make_services(parts)
     app.add_middleware(
         RequestContext,
         max_body_bytes=parts.settings.http.max_body_bytes,
         uploads=frozenset({f"{API}{datasets.router.prefix}"}),
+        id_is_sent_outside=under_serve,
     )
     errors.install(app)
     api = APIRouter(prefix=API)
-    for module in (events, finetune, datasets, environments, models, cluster):
+    for module in (events, finetune, datasets, environments, models, cluster, tenants):
         api.include_router(module.router)
     app.include_router(api)
     app.include_router(health.router)

@@ -16,11 +16,15 @@ GIVEN_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 class RequestContext:
     """Names the request (`x-request-id`, the caller's own if it has a plain form) and counts its body."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, uploads: frozenset[str]) -> None:
-        """`uploads`: paths that read their body as a stream, with a limit of their own."""
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, uploads: frozenset[str], id_is_sent_outside: bool = False
+    ) -> None:
+        """`uploads`: paths that read their body as a stream, with a limit of their own. `id_is_sent_outside`: whoever wraps
+        this application adds the id that came with the request to the answer; it must not stand there twice."""
         self._app = app
         self._max = max_body_bytes
         self._uploads = uploads
+        self._sent_outside = id_is_sent_outside
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +45,7 @@ class RequestContext:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(b"x-request-id", request_id)]
+                own = [] if self._sent_outside and request_id == given else [(b"x-request-id", request_id)]
                 if unread and message["status"] >= 400:  # else the client goes on sending, gigabytes perhaps
                     own.append((b"connection", b"close"))
                 rest = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]

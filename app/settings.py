@@ -15,6 +15,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from cluster.core.policy import Policy
+
 GIB = 1024**3
 
 
@@ -50,6 +52,14 @@ class NodeDeclaration(BaseModel):
     slots: int | None = None
     memory_gb: float | None = None
     """GiB per slot."""
+    market: Literal["on_demand", "spot"] = "on_demand"
+    region: str = ""
+    price_per_hour: float = Field(0.0, ge=0)
+    """USD for one slot; 0: not known, and then no budget in USD."""
+    park_gb: float | None = Field(None, ge=0)
+    """GiB of host memory for jobs that have lost their turn; None: by the machine's memory."""
+    notice_file: Path | None = None
+    """What the provider's agent writes when the machine will be taken away; see `cluster.ports.NodeSettings`."""
 
 
 class AuthSettings(BaseModel):
@@ -67,6 +77,7 @@ class QuotaSettings(BaseModel):
 
     max_queued_jobs: int = 1000
     max_slots: int | None = None
+    gpu_hours_per_month: float | None = None
 
 
 class SchedulerTimes(BaseModel):
@@ -76,6 +87,26 @@ class SchedulerTimes(BaseModel):
     stage_limit_s: float = 900.0
     max_fruitless_attempts: int = 3
     """Attempts in a row without a new checkpoint or step before a job is given up."""
+    quantum_s: float = Field(300.0, gt=0)
+    """A turn's least length before a job can lose its slots to one that deserves them more."""
+    min_run_s: float = Field(120.0, ge=0)
+    """Nobody is stopped earlier, not even for an urgent job."""
+    look_s: float = Field(15.0, gt=0)
+    """While anybody waits, it is looked so often at what runners deserve, which falls as they run."""
+    park_max_s: float = Field(1800.0, ge=0)
+    """A job that has been parked so long writes a checkpoint and ends, so that it can go on elsewhere."""
+    reserve_after_s: float = Field(300.0, ge=0)
+    """A gang that has waited so long has free slots kept for it."""
+    yield_grace_s: float = Field(60.0, gt=0)
+    """For a job to park; then for it to write a checkpoint and end; then it is killed."""
+
+    def policy(self) -> Policy:
+        return Policy(
+            quantum_s=self.quantum_s,
+            min_run_s=self.min_run_s,
+            park_max_s=self.park_max_s,
+            reserve_after_s=self.reserve_after_s,
+        )
 
 
 class TrainingSettings(BaseModel):

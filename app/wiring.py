@@ -16,7 +16,7 @@ from app.db.job_store import SqlJobStore
 from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database, PoolSettings
 from app.importer import ImporterParts
-from app.settings import Settings, load_settings
+from app.settings import SchedulerTimes, Settings, load_settings
 from cluster.errors import EnvironmentError_, HeliostatError
 from cluster.ports import AgentParts, NodeSettings, PreparedEnvironment, SchedulerParts, SchedulerSettings
 from cluster.storage.objects import ObjectStore
@@ -28,6 +28,8 @@ from trainers.run.launch import RayDriverLauncher
 from trainers.run.parts import DriverParts, DriverSettings
 
 HTTP_STATEMENT_TIMEOUT_S = 30.0
+YIELD_MARGIN_S = 60.0
+"""For a driver that kills a child which does not give way; then the scheduler ends the driver."""
 
 
 def database(settings: Settings, *, statement_timeout_s: float | None = None, size: int | None = None) -> Database:
@@ -55,17 +57,24 @@ def http_app() -> FastAPI:
         verifier=make_verifier(settings, rows),
         issuer=Issuer(settings, rows) if settings.auth.builtin else None,
     )
-    return create_app(parts)
+    return create_app(parts, under_serve=True)
 
 
 def scheduler_parts() -> SchedulerParts:
     settings = load_settings()
     times = settings.scheduler
     store = SqlSchedulerStore(database(settings, size=3), times.max_fruitless_attempts)
-    return SchedulerParts(
-        store,
-        RayDriverLauncher(driver_parts),
-        SchedulerSettings(times.lease_ttl_s, times.margin_s, times.poll_s, times.stage_limit_s),
+    return SchedulerParts(store, RayDriverLauncher(driver_parts), scheduler_settings(times))
+
+
+def scheduler_settings(times: SchedulerTimes) -> SchedulerSettings:
+    return SchedulerSettings(
+        lease_ttl_s=times.lease_ttl_s,
+        margin_s=times.margin_s,
+        poll_s=times.poll_s,
+        stage_limit_s=times.stage_limit_s,
+        yield_limit_s=2 * times.yield_grace_s + YIELD_MARGIN_S,
+        policy=times.policy(),
     )
 
 
@@ -78,6 +87,7 @@ def driver_parts() -> DriverParts:
             lease_ttl_s=settings.scheduler.lease_ttl_s,
             checkpoint_every_s=settings.training.checkpoint_every_s,
             exact_match_rows=settings.training.exact_match_rows,
+            yield_grace_s=settings.scheduler.yield_grace_s,
         ),
     )
 
@@ -87,7 +97,7 @@ def agent_parts() -> AgentParts:
     node = settings.node
     return AgentParts(
         NodeEnvironments(settings.node_root, pip_index(settings)),
-        NodeSettings(settings.node_root, settings.objects_url, node.kind, node.slots, node.memory_gb),
+        NodeSettings(settings.node_root, settings.objects_url, **node.model_dump()),
     )
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cluster.core.job import Node
@@ -15,12 +17,15 @@ from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore
 
+_NUMBER = re.compile(r"\d{1,12}(\.\d+)?")
+
 
 @dataclass(frozen=True)
 class _Opened:
     environments: EnvironmentStore
     staging: Staging
     offer: Node
+    notice_file: Path | None
 
 
 class NodeAgent:
@@ -38,15 +43,18 @@ class NodeAgent:
             if self._opened is None:
                 parts = self._wiring()
                 staging = Staging(parts.settings.root, ObjectStore(parts.settings.storage_url))
-                self._opened = _Opened(parts.environments, staging, detect(self._name, parts.settings))
+                offer = detect(self._name, parts.settings)
+                self._opened = _Opened(parts.environments, staging, offer, parts.settings.notice_file)
             return self._opened
 
     def report(self) -> NodeReport:
         """Only attempts that were staged here: another Heliostat may run on the same machine."""
         here = self._open()
-        node = replace(here.offer, environments=here.environments.ready(), models=here.staging.models())
+        leaves_at = notice(here.notice_file)
+        has, draining = here.environments.ready(), leaves_at is not None
+        node = replace(here.offer, environments=has, models=here.staging.models(), draining=draining)
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
-        return NodeReport(node, ours)
+        return NodeReport(node, ours, leaves_at)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]:
         """{fingerprint, prefix, python}; may take minutes. Raises `EnvironmentError_`."""
@@ -70,3 +78,14 @@ class NodeAgent:
             return False
         self.clear_attempt(job_id, attempt)
         return True
+
+
+def notice(file: Path | None) -> float | None:
+    """When the node goes away (Unix seconds; when the file was written, if it names no time); None: it stays."""
+    if file is None:
+        return None
+    try:
+        text, written = file.read_text().strip(), file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return float(text) if _NUMBER.fullmatch(text) else written

@@ -8,6 +8,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -28,6 +29,9 @@ NODE_LABEL = "heliostat-node"
 
 CONTROL_RESOURCE = "heliostat_control"
 """Of the nodes that control actors may live on."""
+
+QUESTIONS = 32
+"""That the scheduler has open at a time, to agents and drivers."""
 
 REPORT_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 15.0
@@ -190,7 +194,7 @@ class AgentActor(NodeAgent):
 class SchedulerActor(Scheduler):
     def __init__(self, wiring: SchedulerWiring) -> None:
         logging.basicConfig(level=logging.INFO)
-        super().__init__(wiring, RayNodes())
+        super().__init__(wiring, RayNodes(), pool=ThreadPoolExecutor(QUESTIONS, thread_name_prefix="ask"))
         self._fenced: Fenced | None = None
         # Started here, because after a crash Ray calls nothing but the constructor.
         threading.Thread(target=self._work, name="scheduler", daemon=True).start()

@@ -35,7 +35,24 @@ def detect(name: str, settings: NodeSettings) -> Node:
     kind = declared or (kind_of_device(gpus[0].device, gpus[0].memory_gb) if gpus else CPU)
     slots = settings.slots or len(gpus) or cpu_slots()
     memory = settings.memory_gb or _memory_per_slot(kind, slots, gpus)
-    return Node(name=name, kind=kind, slots=slots, memory_gb=round(memory, 2))
+    return Node(
+        name=name,
+        kind=kind,
+        slots=slots,
+        memory_gb=round(memory, 2),
+        park_gb=round(_park_gb(kind, slots * memory, settings), 2),
+        market=settings.market,
+        region=settings.region,
+        price=settings.price_per_hour,
+    )
+
+
+def _park_gb(kind: str, memory_gb: float, settings: NodeSettings) -> float:
+    """On `cpu` a parked process keeps what it has of the slots' own memory, so half of that is for it at most; no child
+    gives back an accelerator while it lives."""
+    if kind != CPU:
+        return 0.0
+    return memory_gb / 2 if settings.park_gb is None else settings.park_gb
 
 
 def _memory_per_slot(kind: str, slots: int, gpus: list[Gpu]) -> float:

@@ -4,25 +4,54 @@ A wiring is a module-level function without arguments: Ray ships its name, never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.core.job import Job, JobState, Node, Placement
+from cluster.core.events import Grant, How, Resume, Yield
+from cluster.core.job import Job, JobState, Node, Placement, TenantShare
+from cluster.core.policy import Policy
+
+Attempt = tuple[str, int]
+"""(job id, attempt)."""
 
 
 @dataclass(frozen=True)
 class ActiveJob:
-    """A job that holds, or may still hold, slots. `lease_expires_at` in Unix seconds of the database's clock."""
+    """An attempt of a job that holds, or may still hold, slots. Times in Unix seconds of the database's clock."""
 
-    id: str
-    tenant: str
+    job: Job
     state: JobState
     attempt: int
     lease: Placement | None
     lease_expires_at: float
     progress_at: float
+    since: float
+    """When its present turn began: when it got its slots; once it trains, when that began; when it is parked, since when."""
+    parked: bool = False
+    """Its slots are free; its process waits in the memory of its nodes."""
+    order: How | None = None
+    """Told to give way, and has not yet."""
+    ordered_at: float = 0.0
+    leaves: bool = False
+    """Its tenant wants it paused or cancelled."""
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def key(self) -> Attempt:
+        return self.job.id, self.attempt
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What tenants are entitled to, and nodes that an operator wants empty."""
+
+    tenants: Mapping[str, TenantShare] = field(default_factory=dict)
+    draining: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -32,37 +61,49 @@ class Rows:
     now: float
     waiting: Sequence[Job]
     active: Sequence[ActiveJob]
-    """Every job with an open lease, and every job in an ACTIVE state or RECOVERING, whatever else is true of it."""
-    slot_limits: Mapping[str, int] = field(default_factory=dict)
-    """Tenants that may hold only so many slots at a time."""
+    """Every attempt with an open lease, and every job in an ACTIVE state or RECOVERING, whatever else is true of it."""
+    shares: Shares | None = None
+    """None: not asked for."""
 
 
 class SchedulerStore(Protocol):
-    """All raise `Unavailable` while the database is down. Writes name the epoch; a stale one raises `Fenced`."""
+    """All raise `Unavailable` while the database is down. Writes name the epoch; a stale one raises `Fenced`. Those that take
+    many do them in one transaction; what cannot be done (any more) is left out of the answer."""
 
     def take_epoch(self) -> int: ...
 
-    def rows(self) -> Rows: ...
+    def rows(self, ids: Collection[str] | None = None, shares: bool = True) -> Rows:
+        """Of these jobs only; None: of all."""
+        ...
 
-    def grant(self, epoch: int, job: Job, placement: Placement, ttl_s: float) -> int | None:
-        """queued → preparing with attempt + 1 and its lease, in one transaction. None: the job is no longer waiting."""
+    def grant(self, epoch: int, grants: Sequence[Grant], ttl_s: float) -> Mapping[str, int]:
+        """queued or suspended → preparing with attempt + 1 and its lease; job → attempt. Left out: no longer waiting, or a
+        slot is held."""
+        ...
+
+    def order(self, epoch: int, yields: Sequence[Yield]) -> Collection[Attempt]:
+        """Writes the order into the leases, where the drivers read it. An order to suspend takes the place of one to park."""
+        ...
+
+    def resume(self, epoch: int, resumes: Sequence[Resume]) -> Collection[Attempt]:
+        """parked → running, with the slots, in the next turn."""
         ...
 
     def mark_recovering(self, epoch: int, job_id: str, attempt: int, reason: str) -> bool:
         """An ACTIVE state → recovering (compare-and-set on state and attempt)."""
         ...
 
-    def release(self, epoch: int, job_id: str, attempt: int) -> None:
-        """The processes of this attempt are confirmed dead: close its lease, and send a recovering job back to the
-        queue (failed, when it made no progress over too many attempts)."""
+    def release(self, epoch: int, attempts: Sequence[Attempt]) -> None:
+        """The processes of these attempts are confirmed dead: close their leases, and send recovering jobs back to the queue
+        (failed, when one made no progress over too many attempts)."""
         ...
 
-    def report_nodes(self, epoch: int, nodes: Sequence[Node]) -> None:
+    def report_nodes(self, epoch: int, reports: Sequence[NodeReport]) -> None:
         """Which nodes are there now; others are marked lost."""
         ...
 
-    def wait_for_change(self, timeout_s: float) -> None:
-        """Returns when a job, a wish or a lease changed, or after the timeout."""
+    def wait_for_change(self, timeout_s: float) -> frozenset[str] | None:
+        """The ids of the jobs that changed, none after the timeout. None: anything may have changed. For one thread."""
         ...
 
 
@@ -78,6 +119,10 @@ class DriverLauncher(Protocol):
         """None: it is there but did not answer in time (still starting, or busy); that alone never counts as dead."""
         ...
 
+    def nudge(self, job_id: str, attempt: int) -> None:
+        """Tells the driver, if it is there, to look at its rows now; does not wait."""
+        ...
+
     def end(self, job_id: str, attempt: int) -> None:
         """Ends the driver actor of this attempt and its Train controller, if they are there."""
         ...
@@ -85,10 +130,12 @@ class DriverLauncher(Protocol):
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node's agent sees: what it offers, and the (job, attempt) pairs with a living process on it."""
+    """What a node's agent sees: what it offers, and the attempts with a living process on it. `leaves_at`: it was told that
+    it goes away then (Unix seconds)."""
 
     node: Node
-    attempts: frozenset[tuple[str, int]] = frozenset()
+    attempts: frozenset[Attempt] = frozenset()
+    leaves_at: float | None = None
 
 
 class Nodes(Protocol):
@@ -131,6 +178,15 @@ class NodeSettings:
     kind: str | None = None
     slots: int | None = None
     memory_gb: float | None = None
+    park_gb: float | None = None
+    """GiB for parked jobs; None: half of what the slots have on `cpu`, nothing elsewhere."""
+    market: str = "on_demand"
+    region: str = ""
+    price_per_hour: float = 0.0
+    """Of one slot."""
+    notice_file: Path | None = None
+    """When it is there this node goes away: at the Unix time that it holds, or soon. Whoever watches the cloud's notices
+    writes it."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +196,14 @@ class SchedulerSettings:
     lease_ttl_s: float = 30.0
     margin_s: float = 10.0
     poll_s: float = 2.0
+    """How often agents and drivers are asked, and rows are read that tell of no change."""
     stage_limit_s: float = 900.0
     """Without progress for so long a job is recovered."""
     driver_gone_s: float = 1.0
     """A driver is dead when two looks, so far apart, do not find it."""
-    reserve_after_s: float = 300.0
-    """A job that waited for so long has a node kept free for it."""
+    yield_limit_s: float = 240.0
+    """Of an order to give way; then the attempt is ended. The driver's own graces are shorter."""
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)

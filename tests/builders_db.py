@@ -13,6 +13,7 @@ from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database
 from app.db.tenants import ensure_tenant
 from app.settings import QuotaSettings
+from cluster.core.events import Grant
 from cluster.core.job import Job as CoreJob
 from cluster.core.job import Placement, Shape
 
@@ -121,10 +122,18 @@ def core_job(job_id: str, tenant: str = "acme", attempt: int = 0) -> CoreJob:
     return CoreJob(id=job_id, tenant=tenant, shape=Shape(1, 1.0), queued_at=0.0, attempt=attempt)
 
 
+def grant(
+    store: SqlSchedulerStore, epoch: int, job_id: str, placement: Placement, attempt: int = 0, ttl_s: float = 30.0
+) -> int | None:
+    """The new attempt; None: refused."""
+    job = core_job(job_id, attempt=attempt)
+    return store.grant(epoch, [Grant(job, placement, job.shape)], ttl_s).get(job_id)
+
+
 def granted_job(database: Database, store: SqlSchedulerStore, epoch: int, slot: int = 0) -> str:
     """The id of a job whose first attempt holds one slot of node n1 and is preparing."""
     job_id = queued_job(database)
-    assert store.grant(epoch, core_job(job_id), Placement({"n1": (slot,)}), 30.0) == 1
+    assert grant(store, epoch, job_id, Placement({"n1": (slot,)})) == 1
     return job_id
 
 

@@ -6,18 +6,17 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
 
-from cluster.core.job import ACTIVE, Job, JobState, Node, Placement
+from cluster.core.events import Grant, How, Resume, Yield
+from cluster.core.job import ACTIVE, Job, JobState, Node, Placement, TenantShare
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from cluster.ports import ActiveJob, NodeReport, PreparedEnvironment, Rows
-
-Attempt = tuple[str, int]
+from cluster.ports import ActiveJob, Attempt, NodeReport, PreparedEnvironment, Rows, Shares
 
 
 class ManualClock:
@@ -42,6 +41,16 @@ class Facts:
     progress: dict[str, float] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    parked: set[Attempt] = field(default_factory=set)
+    orders: dict[Attempt, How] = field(default_factory=dict)
+    ordered_at: dict[Attempt, float] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=dict)
+    tenants: dict[str, TenantShare] = field(default_factory=dict)
+    draining: frozenset[str] = frozenset()
+
+    def taken(self) -> set[tuple[str, int]]:
+        held = (lease for key, (lease, _) in self.leases.items() if key not in self.parked)
+        return {slot for lease in held for slot in _slots(lease)}
 
 
 class MemoryStore:
@@ -51,6 +60,7 @@ class MemoryStore:
         self.clock = clock
         self.facts = Facts()
         self.down: Unavailable | None = None
+        self.looks: list[frozenset[str] | None] = []
 
     # What a test does in the name of others.
     def queue(self, job: Job) -> None:
@@ -61,6 +71,7 @@ class MemoryStore:
     def move(self, job_id: str, then: JobState) -> None:
         with self._facts() as facts:
             facts.states[job_id] = then
+            facts.since[job_id] = self.clock()
 
     def renew(self, job_id: str, ttl_s: float) -> None:
         with self._facts() as facts:
@@ -68,28 +79,74 @@ class MemoryStore:
             facts.leases[key] = (facts.leases[key][0], self.clock() + ttl_s)
             facts.progress[job_id] = self.clock()
 
+    def park(self, job_id: str) -> None:
+        """As a driver that was told to."""
+        with self._facts() as facts:
+            key = (job_id, facts.jobs[job_id].attempt)
+            facts.states[job_id] = JobState.PARKED
+            facts.parked.add(key)
+            facts.orders.pop(key, None)
+            facts.since[job_id] = self.clock()
+
     # The port.
     def take_epoch(self) -> int:
         with self._facts() as facts:
             facts.epoch += 1
             return facts.epoch
 
-    def rows(self) -> Rows:
+    def rows(self, ids: Collection[str] | None = None, shares: bool = True) -> Rows:
         with self._facts() as facts:
-            waiting = [job for id, job in facts.jobs.items() if facts.states[id] == JobState.QUEUED]
-            return Rows(self.clock(), waiting, list(_active(facts)))
+            asked = set(facts.jobs if ids is None else ids)
+            held = {job_id for job_id, _ in facts.leases}
+            waiting = [
+                job
+                for id, job in facts.jobs.items()
+                if id in asked - held and facts.states[id] in (JobState.QUEUED, JobState.SUSPENDED)
+            ]
+            active = [one for one in _active(facts) if one.id in asked]
+            self.looks.append(ids if ids is None else frozenset(ids))
+            return Rows(self.clock(), waiting, active, Shares(dict(facts.tenants), facts.draining) if shares else None)
 
-    def grant(self, epoch: int, job: Job, placement: Placement, ttl_s: float) -> int | None:
+    def grant(self, epoch: int, grants: Sequence[Grant], ttl_s: float) -> dict[str, int]:
         with self._facts(epoch) as facts:
-            if facts.states[job.id] != JobState.QUEUED:
-                return None
-            assert not _slots(placement) & {slot for lease, _ in facts.leases.values() for slot in _slots(lease)}
-            attempt = facts.jobs[job.id].attempt + 1
-            facts.jobs[job.id] = replace(facts.jobs[job.id], attempt=attempt)
-            facts.states[job.id] = JobState.PREPARING
-            facts.leases[job.id, attempt] = (placement, self.clock() + ttl_s)
-            facts.progress[job.id] = self.clock()
-            return attempt
+            made = {one.job.id: self._grant(facts, one, ttl_s) for one in grants}
+            return {job_id: attempt for job_id, attempt in made.items() if attempt is not None}
+
+    def _grant(self, facts: Facts, grant: Grant, ttl_s: float) -> int | None:
+        id, placement = grant.job.id, grant.placement
+        if facts.states[id] not in (JobState.QUEUED, JobState.SUSPENDED):
+            return None
+        assert not _slots(placement) & facts.taken(), f"{grant} takes what is held"
+        attempt = facts.jobs[id].attempt + 1
+        facts.jobs[id] = replace(facts.jobs[id], attempt=attempt)
+        facts.states[id] = JobState.PREPARING
+        facts.leases[id, attempt] = (placement, self.clock() + ttl_s)
+        facts.progress[id] = facts.since[id] = self.clock()
+        return attempt
+
+    def order(self, epoch: int, yields: Sequence[Yield]) -> list[Attempt]:
+        with self._facts(epoch) as facts:
+            told = []
+            for one in yields:
+                key = (one.job_id, one.attempt)
+                if key in facts.leases and facts.states[one.job_id] in ACTIVE and facts.orders.get(key) != one.how:
+                    facts.orders[key] = one.how
+                    facts.ordered_at[key] = self.clock()
+                    told.append(key)
+            return told
+
+    def resume(self, epoch: int, resumes: Sequence[Resume]) -> list[Attempt]:
+        with self._facts(epoch) as facts:
+            done = []
+            for one in resumes:
+                key = (one.job_id, one.attempt)
+                if facts.states[one.job_id] == JobState.PARKED and not _slots(one.placement) & facts.taken():
+                    facts.states[one.job_id] = JobState.RUNNING
+                    facts.parked.discard(key)
+                    facts.leases[key] = (one.placement, facts.leases[key][1])
+                    facts.since[one.job_id] = self.clock()
+                    done.append(key)
+            return done
 
     def mark_recovering(self, epoch: int, job_id: str, attempt: int, reason: str) -> bool:
         with self._facts(epoch) as facts:
@@ -99,17 +156,21 @@ class MemoryStore:
             facts.reasons.append(reason)
             return True
 
-    def release(self, epoch: int, job_id: str, attempt: int) -> None:
+    def release(self, epoch: int, attempts: Sequence[Attempt]) -> None:
         with self._facts(epoch) as facts:
-            facts.leases.pop((job_id, attempt), None)
-            if facts.states[job_id] == JobState.RECOVERING:
-                facts.states[job_id] = JobState.QUEUED
+            for key in attempts:
+                facts.leases.pop(key, None)
+                facts.orders.pop(key, None)
+                facts.parked.discard(key)
+                if facts.states[key[0]] == JobState.RECOVERING:
+                    facts.states[key[0]] = JobState.QUEUED
 
-    def report_nodes(self, epoch: int, nodes: Sequence[Node]) -> None:
+    def report_nodes(self, epoch: int, reports: Sequence[NodeReport]) -> None:
         with self._facts(epoch) as facts:
-            facts.nodes = sorted(node.name for node in nodes)
+            facts.nodes = sorted(report.node.name for report in reports)
 
     def wait_for_change(self, timeout_s: float) -> None:
+        """None: look at everything."""
         time.sleep(min(timeout_s, 0.05))
 
     @contextmanager
@@ -150,10 +211,21 @@ def _slots(placement: Placement) -> set[tuple[str, int]]:
 
 def _active(facts: Facts) -> Iterator[ActiveJob]:
     for id, job in facts.jobs.items():
-        lease, expires_at = facts.leases.get((id, job.attempt), (None, 0.0))
-        state = facts.states[id]
+        key, state = (id, job.attempt), facts.states[id]
+        lease, expires_at = facts.leases.get(key, (None, 0.0))
         if lease is not None or state in ACTIVE or state == JobState.RECOVERING:
-            yield ActiveJob(id, job.tenant, state, job.attempt, lease, expires_at, facts.progress.get(id, 0.0))
+            yield ActiveJob(
+                job=job,
+                state=state,
+                attempt=job.attempt,
+                lease=lease,
+                lease_expires_at=expires_at,
+                progress_at=facts.progress.get(id, 0.0),
+                since=facts.since.get(id, 0.0),
+                parked=key in facts.parked,
+                order=facts.orders.get(key),
+                ordered_at=facts.ordered_at.get(key, 0.0),
+            )
 
 
 class FakeDrivers:
@@ -164,6 +236,7 @@ class FakeDrivers:
         self.slow: set[Attempt] = set()
         self.started: list[Attempt] = []
         self.ended: list[Attempt] = []
+        self.nudged: list[Attempt] = []
         self.refuse: dict[str, HeliostatError] = {}
 
     def start(self, job_id: str, attempt: int) -> None:
@@ -174,6 +247,9 @@ class FakeDrivers:
 
     def alive(self, job_id: str, attempt: int) -> bool | None:
         return None if (job_id, attempt) in self.slow else (job_id, attempt) in self.living
+
+    def nudge(self, job_id: str, attempt: int) -> None:
+        self.nudged.append((job_id, attempt))
 
     def end(self, job_id: str, attempt: int) -> None:
         self.ended.append((job_id, attempt))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement, Wish, may_follow
 from cluster.errors import Fenced, Unavailable
 from cluster.ports import NodeReport
@@ -20,7 +21,7 @@ from trainers.config import Hyperparams
 from trainers.run.child_process import spawn
 from trainers.run.driver import JobDriver
 from trainers.run.parts import AgentHandle, DriverParts, DriverSettings, GangRequest, WorkersLost
-from trainers.run.ports import Assignment, Heartbeat, LastCheckpoint, StepRow
+from trainers.run.ports import Allowance, Assignment, Heartbeat, LastCheckpoint, StepRow
 from trainers.run.worker import Worker
 
 ENVIRONMENT = "f" * 64
@@ -42,6 +43,10 @@ class MemoryStore:
     error: dict[str, str | None] | None = None
     result: dict[str, Any] | None = None
     heartbeats: int = 0
+    order: How | None = None
+    """The scheduler's, as the lease holds it."""
+    freed: int = 0
+    allowed: Allowance | None = None
     on_checkpoint: Callable[[], None] = lambda: None
 
     def _check(self, attempt: int) -> None:
@@ -58,7 +63,7 @@ class MemoryStore:
         if self.down:
             raise Unavailable("the database is down")
         self.heartbeats += 1
-        return Heartbeat(self.wish, fenced=attempt != self.attempt)
+        return Heartbeat(self.wish, attempt != self.attempt, self.order, self.state is JobState.PARKED)
 
     def move(
         self, job_id: str, attempt: int, then: JobState, *, reason: str, error: dict[str, str | None] | None = None
@@ -69,6 +74,16 @@ class MemoryStore:
         self.state, self.error = then, error
         self.moves.append((then, reason))
         return True
+
+    def allowance(self, job_id: str, attempt: int) -> Allowance | None:
+        return self.allowed
+
+    def park(self, job_id: str, attempt: int) -> bool:
+        self._check(attempt)
+        if self.state is JobState.RUNNING and self.order is How.PARK:
+            self.state, self.order = JobState.PARKED, None
+            self.freed += 1
+        return self.state is JobState.PARKED
 
     def event(
         self,

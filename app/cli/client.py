@@ -83,6 +83,9 @@ class Client:
     def put(self, path: str, body: Any) -> Any:
         return _json(self.call("PUT", path, json=body))
 
+    def patch(self, path: str, body: Any) -> Any:
+        return _json(self.call("PATCH", path, json=body))
+
     def delete(self, path: str) -> None:
         self.call("DELETE", path)
 

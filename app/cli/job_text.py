@@ -37,10 +37,13 @@ def job_row(job: dict[str, Any]) -> tuple[Any, ...]:
 def summary(job: dict[str, Any]) -> RenderableType:
     details = job.get("status_details") or {}
     reason = f" ({details['reason']})" if details.get("reason") else ""
+    error = job.get("error") or {}
     return pairs(
         [
             ("id", job["id"]),
             ("status", f"{job['status']}{reason}"),
+            ("why", error.get("message")),
+            ("hint", error.get("hint")),
             ("position", details.get("position")),
             ("base model", job.get("base_model")),
             ("dataset", job.get("dataset_id")),
@@ -50,6 +53,7 @@ def summary(job: dict[str, Any]) -> RenderableType:
             ("environment", job.get("environment")),
             ("asked for", job.get("resource_config")),
             ("granted", job.get("granted")),
+            ("budget", job.get("budget")),
             ("estimate", memory_line(job.get("estimate"))),
             ("actual", job.get("actual")),
             ("progress", job.get("progress")),

@@ -16,6 +16,8 @@ from app.cli.commands import (
     logs,
     models,
     service,
+    simulate,
+    tenants,
     tokens,
 )
 
@@ -34,7 +36,7 @@ finetune.register(app)
 logs.register(jobs.app)
 for name, part_app in (("jobs", jobs.app), ("env", environments.app), ("models", models.app)):
     app.add_typer(part_app, name=name)
-for later in (clusters, estimate):
+for later in (tenants, clusters, estimate, simulate):
     later.register(app)
 
 

@@ -41,7 +41,8 @@ class Output:
         if self.json:
             self.document(data)
         else:
-            self.console.print(render(), markup=False, highlight=False)
+            drawn = render()  # a bare text is one word (a token): never broken, whoever reads it
+            self.console.print(drawn, markup=False, highlight=False, soft_wrap=isinstance(drawn, str))
 
     def document(self, data: Any) -> None:
         print(json.dumps(data, ensure_ascii=False, indent=2), flush=True)

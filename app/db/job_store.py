@@ -6,12 +6,12 @@ raised."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import exists, func, select, update
+from sqlalchemy import exists, func, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from app.db.assignments import read_assignment
 from app.db.events import NewEvent, append_event
@@ -20,9 +20,12 @@ from app.db.models import Checkpoint, Job, Lease, Step
 from app.db.registry import Result, register_version, version_of_job
 from app.db.session import Database
 from app.db.transitions import Change, transition
+from app.db.turns import order_reason, park_job, renew_lease
+from app.db.usage import allowance
+from cluster.core.events import How
 from cluster.core.job import ACTIVE, JobState, Wish
 from cluster.errors import Conflict, Fenced, NotFound
-from trainers.run.ports import Assignment, Heartbeat, StepRow
+from trainers.run.ports import Allowance, Assignment, Heartbeat, StepRow
 
 PROGRESS = frozenset({"stage", "ready", "evaluated"})
 """Events that say that a stage was left behind: each stage has the whole limit for itself."""
@@ -45,12 +48,19 @@ class SqlJobStore:
                 return Heartbeat(wish=Wish.CANCEL, fenced=True)
             if job.attempt != attempt or job.state not in ACTIVE or not _leased(session, job_id, attempt):
                 return Heartbeat(wish=Wish(job.wish), fenced=True)
-            session.execute(
-                update(Lease)
-                .where(Lease.job_id == job_id, Lease.attempt == attempt, Lease.released_at.is_(None))
-                .values(expires_at=func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, ttl_s))
-            )
-            return Heartbeat(wish=Wish(job.wish), fenced=False)
+            ordered, parked_at = renew_lease(session, job, ttl_s)
+            return Heartbeat(Wish(job.wish), False, How(ordered) if ordered else None, parked_at is not None)
+
+    def park(self, job_id: str, attempt: int) -> bool:
+        with self._database.platform() as session:
+            job = _owned(session, job_id, attempt)
+            return job.state == JobState.PARKED or park_job(session, job)
+
+    def allowance(self, job_id: str, attempt: int) -> Allowance | None:
+        with self._database.snapshot() as session:
+            few = load_only(Job.tenant_id, Job.attempt, Job.budget, raiseload=True)
+            job = session.scalar(select(Job).where(Job.id == job_id, Job.attempt == attempt).options(few))
+            return None if job is None else allowance(session, job)
 
     def move(
         self,
@@ -152,15 +162,27 @@ _NUMBERS = ("epoch", "loss", "lr", "grad_norm", "tokens", "seconds")
 
 def _end_as_wished(session: Session, job: Job, change: Change) -> bool:
     """A pause takes a while (the child writes a checkpoint), and the tenant may change his mind meanwhile: a cancel
-    overtakes it, and one that was taken back is followed by a resume."""
+    overtakes it, and one that was taken back is followed by a resume. One with an error (a budget) asks nobody."""
     wish = Wish(job.wish)
-    if change.then is not JobState.PAUSED or wish is Wish.PAUSE:
+    if change.then is JobState.SUSPENDED:
+        return _suspend(session, job, change)
+    asked_for = wish is Wish.PAUSE or (change.error is not None and wish is not Wish.CANCEL)
+    if change.then is not JobState.PAUSED or asked_for:
         return transition(session, job, change)
     if wish is Wish.CANCEL:
         return transition(session, job, Change(JobState.CANCELLED, "cancel was asked for"))
     return transition(session, job, change) and transition(
         session, job, Change(JobState.QUEUED, "the pause was taken back")
     )
+
+
+def _suspend(session: Session, job: Job, change: Change) -> bool:
+    """A wish that came while it gave way is granted now: it has left its slots anyway."""
+    if job.wish == Wish.CANCEL:
+        return transition(session, job, Change(JobState.CANCELLED, "cancel was asked for"))
+    if job.wish == Wish.PAUSE:
+        return transition(session, job, Change(JobState.PAUSED, "pause was asked for"))
+    return transition(session, job, replace(change, reason=order_reason(session, job) or change.reason))
 
 
 def _locked(session: Session, job_id: str) -> Job:

@@ -50,6 +50,10 @@ class Tenant(Table):
     max_queued_jobs: Mapped[int]
     max_slots: Mapped[int | None]
     uid: Mapped[int | None] = mapped_column(unique=True)  # the tenant's own user id in sandboxes
+    weight: Mapped[float] = mapped_column(server_default="1")
+    guaranteed_slots: Mapped[int] = mapped_column(server_default="0")
+    urgent_slots: Mapped[int | None]  # None: the scheduler's usual share
+    gpu_hours_per_month: Mapped[float | None]
 
 
 class Dataset(Table):
@@ -153,6 +157,10 @@ class Job(Table):
     finished_at: Mapped[datetime | None]
     ran_s: Mapped[float] = mapped_column(server_default="0")
     max_runtime_s: Mapped[float | None]
+    budget: Mapped[dict[str, Any] | None]  # gpu_hours, usd
+    attained_s: Mapped[float] = mapped_column(server_default="0")  # holding its slots, in turns that are over
+    turns: Mapped[int] = mapped_column(server_default="0")
+    moved: Mapped[bool] = mapped_column(server_default="false")  # we or a fault took its slots: the next start is on us
 
 
 class Event(Table):
@@ -206,14 +214,14 @@ class Checkpoint(Table):
 
 
 class Lease(Table):
-    """job, attempt, epoch, node → slots, turn, expiry. Closed leases stay as history; open slots stand in
-    `lease_slots`."""
+    """job, attempt, epoch, node → slots, turn, expiry, and the scheduler's order to give way. Closed leases stay as
+    history; slots that are held stand in `lease_slots`. How long is summed over turns: see `app.db.usage`."""
 
     __tablename__ = "leases"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)
     node: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[str] = _tenant()
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     slots: Mapped[list[int]] = mapped_column(ARRAY(Integer))
     kind: Mapped[str]
     epoch: Mapped[int] = mapped_column(BigInteger)
@@ -221,6 +229,15 @@ class Lease(Table):
     granted_at: Mapped[datetime] = _now()
     expires_at: Mapped[datetime]
     released_at: Mapped[datetime | None] = mapped_column(index=True)
+    ordered: Mapped[str | None]  # park, suspend
+    order_reason: Mapped[str | None]
+    ordered_at: Mapped[datetime | None]
+    parked_at: Mapped[datetime | None]
+    held_since: Mapped[datetime | None] = mapped_column(server_default=func.now())  # None: parked, or released
+    held_s: Mapped[float] = mapped_column(server_default="0")  # in turns that are over
+    unbilled_s: Mapped[float] = mapped_column(server_default="0")  # of them, for switches that we caused
+    price_per_hour: Mapped[float] = mapped_column(server_default="0")  # of one slot when it was granted, USD
+    __table_args__ = (Index("leases_usage", "tenant_id", "released_at"),)
 
 
 class LeaseSlot(Table):
@@ -239,7 +256,7 @@ class LeaseSlot(Table):
 
 
 class Node(Table):
-    """What agents report; `lost_at` when the last scheduler round did not see it."""
+    """What agents report; `lost_at` when the last scheduler round did not see it. `draining` is the operators' word."""
 
     __tablename__ = "nodes"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -250,6 +267,12 @@ class Node(Table):
     models: Mapped[list[Any]]
     seen_at: Mapped[datetime] = _now()
     lost_at: Mapped[datetime | None]
+    market: Mapped[str] = mapped_column(server_default="on_demand")
+    region: Mapped[str] = mapped_column(server_default="")
+    price_per_hour: Mapped[float] = mapped_column(server_default="0")  # of one slot, USD
+    park_gb: Mapped[float] = mapped_column(server_default="0")  # host memory for parked jobs
+    draining: Mapped[bool] = mapped_column(server_default="false")
+    notice_deadline: Mapped[datetime | None]  # the node goes then: a spot notice
 
 
 class Model(Table):

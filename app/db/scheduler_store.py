@@ -3,41 +3,29 @@ scheduler's epoch under a lock, so that a scheduler that was replaced changes no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, load_only
+from sqlalchemy.orm import Session
 
 from app.db.listen import JOBS, Listener
-from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step, Tenant
+from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
+from app.db.scheduler_rows import read_rows
+from app.db.scheduler_writes import order_many, release_many, start_many
 from app.db.session import Database
 from app.db.transitions import Change, transition
-from cluster.core.job import ACTIVE, JobState, Placement, Priority, Shape, Wish
-from cluster.core.job import Job as CoreJob
-from cluster.core.job import Node as CoreNode
+from cluster.core.events import Grant, Resume, Yield
+from cluster.core.job import ACTIVE, JobState, Wish
 from cluster.errors import Fenced
-from cluster.ports import ActiveJob, Rows
+from cluster.ports import Attempt, NodeReport, Rows
 
 EPOCH = "scheduler_epoch"
-MAX_BACKOFF_S = 60.0
-HELD = [*ACTIVE, JobState.RECOVERING]
-_FEW_COLUMNS = load_only(  # not the lock and the request: they are large, and there may be thousands of jobs
-    Job.tenant_id,
-    Job.state,
-    Job.wish,
-    Job.attempt,
-    Job.fruitless_attempts,
-    Job.priority,
-    Job.shape,
-    Job.queued_at,
-    Job.state_since,
-    Job.progress_at,
-    raiseload=True,
-)
+EVERYTHING = "*"
+"""In the place of a job's id: shares or nodes changed, look at all."""
 
 
 class SqlSchedulerStore:
@@ -54,43 +42,37 @@ class SqlSchedulerStore:
             taken = first.on_conflict_do_update(index_elements=[Control.name], set_={"value": Control.value + 1})
             return session.execute(taken.returning(Control.value)).scalar_one()
 
-    def rows(self) -> Rows:
+    def rows(self, ids: Collection[str] | None = None, shares: bool = True) -> Rows:
         with self._database.snapshot() as session:
-            now = session.scalars(select(func.extract("epoch", func.now()))).one()
-            leases = session.scalars(
-                select(Lease).where(Lease.released_at.is_(None)).order_by(Lease.job_id, Lease.attempt)
-            ).all()
-            held = {key: list(group) for key, group in groupby(leases, lambda lease: (lease.job_id, lease.attempt))}
-            leased = {job_id for job_id, _ in held}
-            wanted = or_(Job.state.in_([*HELD, JobState.QUEUED]), Job.id.in_(leased))
-            jobs = session.scalars(select(Job).where(wanted).order_by(Job.queued_at).options(_FEW_COLUMNS)).all()
-            limits = session.execute(select(Tenant.id, Tenant.max_slots).where(Tenant.max_slots.is_not(None))).all()
-            return Rows(
-                float(now),
-                _waiting(jobs, leased),
-                _active(jobs, held),
-                {tenant: most for tenant, most in limits if most is not None},
-            )
+            return read_rows(session, ids, shares)
 
-    def grant(self, epoch: int, job: CoreJob, placement: Placement, ttl_s: float) -> int | None:
-        """None also when a slot is held, or the job's last attempt still has its lease."""
+    def grant(self, epoch: int, grants: Sequence[Grant], ttl_s: float) -> Mapping[str, int]:
+        """One whose slots are held does not keep the others from theirs."""
+        try:
+            with self._database.platform() as session:
+                _check_epoch(session, epoch)
+                return start_many(session, epoch, grants, ttl_s)
+        except IntegrityError:  # the primary key of lease_slots: somebody holds one of them
+            if len(grants) == 1:
+                return {}
+        return {job: attempt for one in grants for job, attempt in self.grant(epoch, [one], ttl_s).items()}
+
+    def order(self, epoch: int, yields: Sequence[Yield]) -> Collection[Attempt]:
         with self._database.platform() as session:
             _check_epoch(session, epoch)
-            row = _lock(session, job.id)
-            if row is None or not _may_start(session, row, job.attempt):
-                return None
-            kinds = _kinds(session, placement)
-            row.attempt += 1
-            row.epoch = epoch
-            row.granted = _granted(placement, kinds)
+            return order_many(session, yields)
+
+    def resume(self, epoch: int, resumes: Sequence[Resume]) -> Collection[Attempt]:
+        done = []
+        for one in sorted(resumes, key=lambda resume: resume.job_id):
             try:
-                with session.begin_nested():
-                    _take_slots(session, row, placement, kinds, ttl_s)
-            except IntegrityError:  # the primary key of lease_slots: somebody holds one of them
-                session.rollback()
-                return None
-            transition(session, row, Change(JobState.PREPARING, f"attempt {row.attempt} on {_where(placement)}"))
-            return row.attempt
+                with self._database.platform() as session:
+                    _check_epoch(session, epoch)
+                    if _resume(session, one):
+                        done.append((one.job_id, one.attempt))
+            except IntegrityError:
+                continue
+        return done
 
     def mark_recovering(self, epoch: int, job_id: str, attempt: int, reason: str) -> bool:
         with self._database.platform() as session:
@@ -100,31 +82,26 @@ class SqlSchedulerStore:
                 return False
             return transition(session, row, Change(JobState.RECOVERING, reason))
 
-    def release(self, epoch: int, job_id: str, attempt: int) -> None:
+    def release(self, epoch: int, attempts: Sequence[Attempt]) -> None:
         with self._database.platform() as session:
             _check_epoch(session, epoch)
-            row = _lock(session, job_id)
-            session.execute(delete(LeaseSlot).where(LeaseSlot.job_id == job_id, LeaseSlot.attempt == attempt))
-            session.execute(
-                update(Lease)
-                .where(Lease.job_id == job_id, Lease.attempt == attempt, Lease.released_at.is_(None))
-                .values(released_at=func.clock_timestamp())
-            )
-            if row is not None and row.attempt == attempt and row.state == JobState.RECOVERING:
-                self._send_on(session, row)
+            for job_id in release_many(session, attempts):
+                self._send_on(session, session.get_one(Job, job_id, populate_existing=True))
 
-    def report_nodes(self, epoch: int, nodes: Sequence[CoreNode]) -> None:
+    def report_nodes(self, epoch: int, reports: Sequence[NodeReport]) -> None:
         with self._database.platform() as session:
             _check_epoch(session, epoch)
-            for node in nodes:
-                row = _node_row(node)
-                new = insert(Node).values(**row)
-                session.execute(new.on_conflict_do_update(index_elements=[Node.name], set_=row))
-            gone = Node.lost_at.is_(None) & Node.name.not_in([node.name for node in nodes])
+            rows = [_node_row(report) for report in sorted(reports, key=lambda report: report.node.name)]
+            if rows:
+                new = insert(Node).values(rows)
+                renewed = {name: new.excluded[name] for name in rows[0] if name != "name"}
+                session.execute(new.on_conflict_do_update(index_elements=[Node.name], set_=renewed))
+            gone = Node.lost_at.is_(None) & Node.name.not_in([row["name"] for row in rows])
             session.execute(update(Node).where(gone).values(lost_at=func.now()))
 
-    def wait_for_change(self, timeout_s: float) -> None:
-        self._listener.wait(timeout_s)
+    def wait_for_change(self, timeout_s: float) -> frozenset[str] | None:
+        changed = self._listener.wait(timeout_s)
+        return None if changed is None or EVERYTHING in changed else frozenset(changed)
 
     def close(self) -> None:
         self._listener.close()
@@ -155,38 +132,23 @@ def _lock(session: Session, job_id: str) -> Job | None:
     return session.scalar(select(Job).where(Job.id == job_id).with_for_update())
 
 
-def _may_start(session: Session, job: Job, attempt: int) -> bool:
-    still_held = session.scalar(select(func.count()).where(Lease.job_id == job.id, Lease.released_at.is_(None)))
-    return job.state == JobState.QUEUED and job.wish == Wish.RUN and job.attempt == attempt and not still_held
-
-
-def _kinds(session: Session, placement: Placement) -> dict[str, str]:
-    found = session.execute(select(Node.name, Node.kind).where(Node.name.in_(placement.nodes)))
-    return {row.name: row.kind for row in found}
-
-
-def _granted(placement: Placement, kinds: dict[str, str]) -> dict[str, Any]:
-    """What the job object shows as `resource_config.granted`."""
-    return {
-        "gpu_type": next(iter(kinds.values()), None),
-        "num_gpus": placement.slots,
-        "num_nodes": len(placement.nodes),
-        "nodes": {node: list(slots) for node, slots in placement.nodes.items()},
-    }
-
-
-def _where(placement: Placement) -> str:
-    return ", ".join(f"{node} slot {', '.join(map(str, slots))}" for node, slots in sorted(placement.nodes.items()))
-
-
-def _take_slots(session: Session, job: Job, placement: Placement, kinds: dict[str, str], ttl_s: float) -> None:
-    expires_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, ttl_s)
-    mine = {"job_id": job.id, "attempt": job.attempt}
-    for node, slots in sorted(placement.nodes.items()):  # in one order everywhere: two grants cannot deadlock
-        lease = {"node": node, "slots": list(slots), "kind": kinds.get(node, ""), "epoch": job.epoch}
-        session.execute(insert(Lease).values(**mine, **lease, tenant_id=job.tenant_id, expires_at=expires_at))
-        rows = [{**mine, "node": node, "slot": slot} for slot in sorted(slots)]
-        session.execute(insert(LeaseSlot).values(rows))
+def _resume(session: Session, resume: Resume) -> bool:
+    """Raises IntegrityError when somebody holds one of the slots."""
+    job = _lock(session, resume.job_id)
+    if job is None or (job.state, job.attempt, job.wish) != (JobState.PARKED, resume.attempt, Wish.RUN):
+        return False
+    mine = (Lease.job_id == job.id, Lease.attempt == job.attempt, Lease.released_at.is_(None))
+    leases = session.scalars(select(Lease).where(*mine).with_for_update()).all()
+    if {lease.node for lease in leases} != set(resume.placement.nodes) or any(lease.ordered for lease in leases):
+        return False
+    for lease in leases:
+        lease.slots = list(resume.placement.nodes[lease.node])
+        lease.turn += 1
+        lease.parked_at, lease.held_since = None, func.clock_timestamp()
+        rows = [{"node": lease.node, "slot": slot, "job_id": job.id, "attempt": job.attempt} for slot in lease.slots]
+        session.execute(insert(LeaseSlot), rows)
+    job.turns += 1
+    return transition(session, job, Change(JobState.RUNNING, f"its turn again, number {leases[0].turn}"))
 
 
 def _made_progress(session: Session, job: Job) -> bool:
@@ -211,7 +173,8 @@ def _gave_up(job: Job) -> dict[str, str | None]:
     }
 
 
-def _node_row(node: CoreNode) -> dict[str, Any]:
+def _node_row(report: NodeReport) -> dict[str, Any]:
+    node = report.node
     return {
         "name": node.name,
         "kind": node.kind,
@@ -219,46 +182,11 @@ def _node_row(node: CoreNode) -> dict[str, Any]:
         "memory_gb": node.memory_gb,
         "environments": sorted(node.environments),
         "models": sorted(node.models),
+        "park_gb": node.park_gb,
+        "market": node.market,
+        "region": node.region,
+        "price_per_hour": node.price,
+        "notice_deadline": None if report.leaves_at is None else datetime.fromtimestamp(report.leaves_at, UTC),
         "seen_at": func.now(),
         "lost_at": None,
     }
-
-
-def _waiting(jobs: Sequence[Job], leased: set[str]) -> list[CoreJob]:
-    """Not those whose last attempt is still leaving: they wait for its release first."""
-    return [
-        _core(job) for job in jobs if job.state == JobState.QUEUED and job.wish == Wish.RUN and job.id not in leased
-    ]
-
-
-def _core(job: Job) -> CoreJob:
-    shape = Shape(**{**job.shape, "kinds": tuple(job.shape.get("kinds", ()))})
-    backoff_s = min(2.0**job.fruitless_attempts, MAX_BACKOFF_S) if job.fruitless_attempts else 0.0
-    return CoreJob(
-        id=job.id,
-        tenant=job.tenant_id,
-        shape=shape,
-        queued_at=job.queued_at.timestamp(),
-        priority=Priority(job.priority),
-        attempt=job.attempt,
-        not_before=job.state_since.timestamp() + backoff_s if backoff_s else 0.0,
-    )
-
-
-def _active(jobs: Sequence[Job], held: dict[tuple[str, int], list[Lease]]) -> list[ActiveJob]:
-    by_id = {job.id: job for job in jobs}
-    found = [_active_job(by_id[job_id], attempt, leases) for (job_id, attempt), leases in held.items()]
-    without = [job for job in jobs if job.state in HELD and (job.id, job.attempt) not in held]
-    return found + [_active_job(job, job.attempt, []) for job in without]
-
-
-def _active_job(job: Job, attempt: int, leases: list[Lease]) -> ActiveJob:
-    return ActiveJob(
-        id=job.id,
-        tenant=job.tenant_id,
-        state=JobState(job.state),
-        attempt=attempt,
-        lease=Placement({lease.node: tuple(lease.slots) for lease in leases}) if leases else None,
-        lease_expires_at=min((lease.expires_at.timestamp() for lease in leases), default=0.0),
-        progress_at=job.progress_at.timestamp(),
-    )

@@ -14,6 +14,7 @@ from cluster.errors import InvalidRequest, Unavailable
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UIDS = range(30000, 60000)
 """Below 65536, so that they exist in rootless containers too; above where a distribution puts people's accounts."""
+_QUOTAS = ("max_queued_jobs", "max_slots", "gpu_hours_per_month")
 
 
 def ensure_tenant(session: Session, tenant_id: str, quota: QuotaSettings | None = None) -> Tenant:
@@ -43,7 +44,8 @@ def _make(session: Session, tenant_id: str, quota: QuotaSettings) -> Tenant:
         raise Unavailable(
             "all user ids for tenants are given away", code="no_tenant_uid", hint="Delete unused tenants."
         )
-    tenant = Tenant(id=tenant_id, max_queued_jobs=quota.max_queued_jobs, max_slots=quota.max_slots, uid=uid)
+    limits = {name: getattr(quota, name) for name in _QUOTAS}
+    tenant = Tenant(id=tenant_id, uid=uid, **limits)
     session.add(tenant)
     session.flush()
     return tenant
@@ -51,5 +53,6 @@ def _make(session: Session, tenant_id: str, quota: QuotaSettings) -> Tenant:
 
 def set_quota(session: Session, tenant_id: str, quota: QuotaSettings) -> Tenant:
     tenant = ensure_tenant(session, tenant_id, quota)
-    tenant.max_queued_jobs, tenant.max_slots = quota.max_queued_jobs, quota.max_slots
+    for name in _QUOTAS:
+        setattr(tenant, name, getattr(quota, name))
     return tenant

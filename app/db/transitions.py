@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Float, cast, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.events import NewEvent, append_event
-from app.db.models import Job, Lease, Step
+from app.db.models import Job, Step
+from app.db.shapes import settled
+from app.db.usage import seconds, settle_start, spent_by
 from cluster.core.job import TERMINAL, JobState, Wish, may_follow
 from cluster.errors import Conflict
 
 NOBODY_HOLDS = frozenset(
     {JobState.VALIDATING, JobState.QUEUED, JobState.PROVISIONING, JobState.SUSPENDED, JobState.PAUSED}
 )
+_TAKEN = frozenset({JobState.SUSPENDED, JobState.RECOVERING})
+"""Its slots were taken from it: coming back is not billed."""
 LEVELS = {JobState.FAILED: "error", JobState.RECOVERING: "warn"}
 
 
@@ -34,15 +38,22 @@ def transition(session: Session, job: Job, change: Change) -> bool:
     was = JobState(job.state)
     if not may_follow(was, change.then):
         return False
+    settle_start(session, job, was)
     _set_clocks(job, was, change.then)
     job.state = change.then
     job.reason = change.reason
     if change.then in (JobState.PAUSED, *TERMINAL):
         job.wish = Wish.RUN  # granted, or overtaken
+    if change.then is JobState.RUNNING:
+        job.shape = settled(job.shape, job.granted)
+    if change.then in _TAKEN:
+        job.moved = True
+    if change.then in (JobState.PAUSED, *TERMINAL):
+        job.moved = False
+        job.error = dict(change.error) if change.error is not None else None
     if change.then in TERMINAL:
         session.flush()
         job.actual = _actual(session, job)
-        job.error = dict(change.error) if change.error is not None else None
     data: dict[str, Any] = {"from": was, "to": change.then, "reason": change.reason}
     if change.error is not None:
         data["error"] = change.error
@@ -54,7 +65,7 @@ def transition(session: Session, job: Job, change: Change) -> bool:
 def _set_clocks(job: Job, was: JobState, then: JobState) -> None:
     now = func.clock_timestamp()  # not now(): the transaction may have begun before the last change
     if was is JobState.RUNNING:
-        job.ran_s = Job.ran_s + func.greatest(_seconds(now - Job.state_since), 0.0)
+        job.ran_s = Job.ran_s + func.greatest(seconds(now - Job.state_since), 0.0)
     if then is JobState.RUNNING and job.started_at is None:
         job.started_at = now
     if then is JobState.QUEUED and was is not JobState.RECOVERING:
@@ -66,23 +77,19 @@ def _set_clocks(job: Job, was: JobState, then: JobState) -> None:
 
 
 def _actual(session: Session, job: Job) -> dict[str, Any]:
-    steps, tokens, seconds = session.execute(
+    steps, tokens, train_s = session.execute(
         select(func.count(), func.coalesce(func.sum(Step.tokens), 0), func.coalesce(func.sum(Step.seconds), 0.0)).where(
             Step.job_id == job.id
         )
     ).one()
-    held = _seconds(func.coalesce(Lease.released_at, func.clock_timestamp()) - Lease.granted_at)
-    slot_s = session.scalar(select(func.sum(held * func.cardinality(Lease.slots))).where(Lease.job_id == job.id))
+    spent = spent_by(session, job.id)
     return {
         "steps": steps,
         "tokens": int(tokens),
-        "train_seconds": round(seconds, 3),
-        "gpu_hours": round((slot_s or 0.0) / 3600, 6),
+        "train_seconds": round(train_s, 3),
+        "gpu_hours": round(spent.gpu_hours, 6),
+        "usd": round(spent.usd, 4),
     }
-
-
-def _seconds(interval: ColumnElement[Any]) -> ColumnElement[float]:
-    return cast(func.extract("epoch", interval), Float)
 
 
 def ask(session: Session, job: Job, wish: Wish) -> None:
@@ -105,6 +112,7 @@ def resume(session: Session, job: Job) -> None:
     """A paused job goes back to the queue; a pause that has not happened yet is taken back. Raises `Conflict`."""
     if job.state == JobState.PAUSED:
         job.wish = Wish.RUN
+        job.error = None
         transition(session, job, Change(JobState.QUEUED, "resumed"))
     elif job.wish == Wish.PAUSE and job.state not in TERMINAL:
         job.wish = Wish.RUN

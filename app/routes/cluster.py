@@ -27,8 +27,14 @@ def list_nodes(caller: CallerDep, services: ServicesDep) -> Page[dict[str, Any]]
 
 @router.get("/queue")
 def list_queue(caller: CallerDep, services: ServicesDep) -> Page[dict[str, Any]]:
-    """Waiting jobs in their order: the tenant's own, for operators all."""
+    """Waiting jobs in their order, why, and when they should start: the tenant's own, for operators all."""
     return Page(data=services.queue.queue(caller), has_more=False)
+
+
+@router.get("/shares")
+def list_shares(caller: CallerDep, services: ServicesDep) -> Page[dict[str, Any]]:
+    """Slots held and wanted beside the fair share: the tenant's own and all others' together, for operators each tenant's."""
+    return Page(data=services.queue.shares(caller), has_more=False)
 
 
 @router.get("/limits")

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from app.db.repository import PageRequest
 from app.deps import CallerDep, JobId, PageDep, RepeatDep, ServicesDep
 from app.schemas.common import Page
-from app.schemas.finetune import Estimate, FinetuneRequest, Job, JobStatus
+from app.schemas.finetune import Estimate, FinetuneRequest, Job, JobStatus, ResumeRequest
 from cluster.errors import InvalidRequest
 
 router = APIRouter(prefix="/finetune", tags=["jobs"])
@@ -78,8 +78,9 @@ def pause_job(job_id: JobId, caller: CallerDep, services: ServicesDep) -> Job:
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: JobId, caller: CallerDep, services: ServicesDep) -> Job:
-    return services.jobs.resume(caller, job_id)
+def resume_job(job_id: JobId, caller: CallerDep, services: ServicesDep, request: ResumeRequest | None = None) -> Job:
+    """A paused job waits for its turn again; one that has used its budget needs a larger one in the body."""
+    return services.jobs.resume(caller, job_id, request.budget if request is not None else None)
 
 
 @router.post("/{job_id}/retry")
@@ -90,5 +91,5 @@ def retry_job(job_id: JobId, caller: CallerDep, services: ServicesDep) -> Job:
 
 @router.get("/{job_id}/explain")
 def explain_job(job_id: JobId, caller: CallerDep, services: ServicesDep) -> dict[str, Any]:
-    """Why it waits, and its place in the line."""
+    """Why it waits and its place in the line, or what it holds; P50 and P80 of its start and its end."""
     return services.queue.explain(caller, job_id)

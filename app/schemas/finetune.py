@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.schemas.common import LABEL_PATTERN, Answer, Name, Reference, RequestBody, Text
 
@@ -74,8 +75,20 @@ class ResourceConfig(RequestBody):
 
 
 class Budget(RequestBody):
-    gpu_hours: float | None = Field(None, gt=0)
-    usd: float | None = Field(None, gt=0)
+    """When one is used up, the job is paused at a checkpoint."""
+
+    gpu_hours: float | None = Field(None, gt=0, le=1e9)
+    usd: float | None = Field(None, gt=0, le=1e9)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Budget:
+        if self.gpu_hours is None and self.usd is None:
+            raise PydanticCustomError("empty_budget", "give gpu_hours, usd or both")
+        return self
+
+
+class ResumeRequest(RequestBody):
+    budget: Budget | None = Field(None, description="Replaces what it names of the job's budget.")
 
 
 MetadataKey = Annotated[Text, Field(min_length=1, max_length=64)]
@@ -147,6 +160,7 @@ class Job(Answer):
     granted: dict[str, Any] | None
     estimate: dict[str, Any]
     actual: dict[str, Any] | None
+    budget: dict[str, Any] | None
     progress: dict[str, Any] | None
     error: JobError | None
     output_model: str

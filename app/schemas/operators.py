@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -24,6 +24,24 @@ class NewToken(RequestBody):
     scope: Annotated[Text, Field(min_length=1, max_length=4000)] | None = None
     expires_in: int | None = Field(None, ge=1, le=10 * 366 * 24 * 3600, description="Seconds; a day if left out.")
     subject: Label | None = None
+
+
+class TenantChange(RequestBody):
+    """Left out: as it is; null: the default."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "max_queued": "max_queued_jobs",
+        "gpu_hours_month": "gpu_hours_per_month",
+    }
+
+    weight: float | None = Field(None, ge=0.001, le=1000, description="Of its fair share; 1 if null.")
+    guaranteed_slots: int | None = Field(None, ge=0, le=1_000_000, description="Its own; lent while it needs them not.")
+    max_slots: int | None = Field(None, ge=0, le=1_000_000, description="At a time; null: no limit.")
+    urgent_slots: int | None = Field(
+        None, ge=0, le=1_000_000, description="For urgent jobs; beyond them they count as high. Null: the usual share."
+    )
+    max_queued_jobs: int | None = Field(None, ge=0, le=10_000_000)
+    gpu_hours_per_month: float | None = Field(None, ge=0, le=1e9, description="Calendar month, UTC; null: no limit.")
 
 
 class Promotion(RequestBody):

@@ -89,12 +89,12 @@ class Access:
                 if own is not None:
                     ensure_tenant(session, own, self._parts.settings.quota)
                 elif session.get(Tenant, tenant) is None:
-                    raise _no_tenant(tenant)
+                    raise no_tenant(tenant)
             self._known.add(tenant)
         return caller
 
 
-def _no_tenant(name: str) -> NotFound:
+def no_tenant(name: str) -> NotFound:
     return NotFound(
         f"tenant {name[:80]!r} does not exist",
         code="tenant_not_found",

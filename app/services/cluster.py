@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from sqlalchemy import func, select
@@ -10,10 +10,13 @@ from sqlalchemy import func, select
 from app.auth.permissions import effective, require
 from app.db.models import Job as JobRow
 from app.db.models import Lease, LeaseSlot, Node, Tenant
+from app.db.scheduler_rows import WAITING
+from app.db.usage import month_gpu_hours
 from app.services.access import Caller
 from app.services.job_view import unix
 from app.services.parts import Parts
-from cluster.core.job import ACTIVE, TERMINAL, JobState
+from app.services.quota import queued_jobs
+from cluster.core.job import Wish
 from cluster.core.kinds import KINDS, matches, memory_gb
 
 
@@ -25,6 +28,7 @@ class ClusterService:
         """Every name that `gpu_type` may have; those that are here first."""
         require(caller.identity, "model:read")
         nodes, held = self._nodes()
+        wanted = self._wanted()
         shown = []
         for kind in KINDS:
             here = [node for node in nodes if matches(kind, node.kind)]
@@ -36,14 +40,25 @@ class ClusterService:
                     "available": bool(here),
                     "slots": slots,
                     "free": slots - sum(held[node.name] for node in here),
+                    "wanted": sum(asked for kinds, asked in wanted if _would_take(kinds, kind, here)),
                     "memory_gb": max((node.memory_gb for node in here), default=memory_gb(kind)),
                 }
             )
         return sorted(shown, key=lambda one: not one["available"])
 
+    def _wanted(self) -> list[tuple[list[str], int]]:
+        """Kinds and slots that the waiting jobs ask for; whose they are is not told."""
+        kinds, slots = JobRow.shape["kinds"], JobRow.shape["slots"].as_integer()
+        with self._parts.database.platform() as session:
+            rows = session.execute(select(kinds, slots).where(JobRow.state.in_(WAITING), JobRow.wish == Wish.RUN))
+            return [(list(asked or ()), count) for asked, count in rows]
+
     def nodes(self, caller: Caller) -> list[dict[str, Any]]:
+        """And who holds what: a tenant's own jobs, an operator's all."""
         require(caller.identity, "model:read")
+        own = None if caller.is_platform and caller.acting_for is None else caller.tenant
         nodes, held = self._nodes()
+        jobs = self._holders(own)
         return [
             {
                 "id": node.name,
@@ -52,7 +67,12 @@ class ClusterService:
                 "slots": node.slots,
                 "free": node.slots - held[node.name],
                 "memory_gb": node.memory_gb,
+                "market": node.market,
+                "region": node.region,
+                "price_per_hour": node.price_per_hour,
+                "draining": node.draining or node.notice_deadline is not None,
                 "seen_at": unix(node.seen_at),
+                "jobs": jobs[node.name],
             }
             for node in nodes
         ]
@@ -63,21 +83,48 @@ class ClusterService:
             held = session.execute(select(LeaseSlot.node, func.count()).group_by(LeaseSlot.node))
             return nodes, Counter(dict(held.all()))
 
+    def _holders(self, own: str | None) -> dict[str, list[dict[str, Any]]]:
+        """Node → what its open leases hold. A parked one holds memory only."""
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        asked = select(Lease, JobRow.state, JobRow.priority).join(JobRow, JobRow.id == Lease.job_id)
+        asked = asked.where(Lease.released_at.is_(None)).order_by(Lease.node, Lease.granted_at)
+        with self._parts.database.platform() as session:
+            for lease, state, priority in session.execute(
+                asked if own is None else asked.where(Lease.tenant_id == own)
+            ):
+                found[lease.node].append(
+                    {
+                        "id": lease.job_id,
+                        "tenant": lease.tenant_id,
+                        "priority": priority,
+                        "state": state,
+                        "slots": [] if lease.parked_at else sorted(lease.slots),
+                        "since": unix(lease.parked_at or lease.held_since or lease.granted_at),
+                        "turn": lease.turn,
+                        "told_to": lease.ordered,
+                    }
+                )
+        return found
+
     def limits(self, caller: Caller) -> dict[str, Any]:
         """Quotas beside what is used of them; and what the service itself allows."""
         tenant = caller.may("model:read")
         http = self._parts.settings.http
-        idle = [str(state) for state in JobState if state not in TERMINAL | ACTIVE]
         held = func.coalesce(func.sum(func.cardinality(Lease.slots)), 0)
         with self._parts.database.tenant(tenant) as session:
             quota = session.get_one(Tenant, tenant)
-            waiting = session.scalars(select(func.count()).where(JobRow.state.in_(idle))).one()
-            slots = session.scalars(select(held).where(Lease.released_at.is_(None))).one()
+            waiting = queued_jobs(session, tenant)
+            holding = (Lease.released_at.is_(None), Lease.held_since.is_not(None))
+            slots = session.scalars(select(held).where(*holding)).one()
+            hours = month_gpu_hours(session, [tenant])[tenant]
         return {
             "object": "limits",
             "tenant": tenant,
             "queued_jobs": {"used": waiting, "limit": quota.max_queued_jobs},
-            "slots": {"used": int(slots), "limit": quota.max_slots},
+            "slots": {"used": int(slots), "limit": quota.max_slots, "guaranteed": quota.guaranteed_slots},
+            "urgent_slots": {"limit": quota.urgent_slots},
+            "gpu_hours_this_month": {"used": round(hours, 4), "limit": quota.gpu_hours_per_month},
+            "weight": quota.weight,
             "max_body_bytes": http.max_body_bytes,
             "max_upload_bytes": http.max_upload_bytes,
         }
@@ -92,3 +139,8 @@ class ClusterService:
             "scope": " ".join(effective(identity)),
             "token_id": identity.jti,
         }
+
+
+def _would_take(asked: list[str], kind: str, here: list[Node]) -> bool:
+    """Whether a job that asks for these kinds counts as waiting for `kind`; one that asks for none, for any that is here."""
+    return any(matches(one, kind) for one in asked) if asked else bool(here)

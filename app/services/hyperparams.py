@@ -9,7 +9,7 @@ from trainers.config import Hyperparams
 
 LR = {"lora": 2e-4, "full": 2e-5}
 NOT_YET = ("packing", "early_stopping_patience", "n_checkpoints")
-FIELDS_NOT_YET = ("validation_split", "budget", "entrypoint")
+FIELDS_NOT_YET = ("validation_split", "entrypoint")
 
 
 def method_and_type(request: FinetuneRequest) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Dataset, Environment, Job, Model, ModelVersion, Node
 from app.db.repository import Repository
+from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
 from app.services.hyperparams import method_and_type, refuse_what_is_not_there, resolve
 from app.services.resources import Choice, ModelFacts, choose
@@ -57,7 +58,7 @@ class Plan:
         return asdict(self.hyperparams)
 
     def shape_dict(self) -> dict[str, Any]:
-        return asdict(self.choice.shape)
+        return shapes_to_json(self.choice.shapes)
 
 
 def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings: Settings) -> Plan:
@@ -78,7 +79,8 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     facts = ModelFacts(base.config or {}, base.parameters)
     fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
     choice = choose(request.resource_config, _nodes(session), facts, training, fallback)
-    _refuse_idle_slots(hyperparams, choice)
+    choice = _without_idle_slots(hyperparams, choice)
+    _check_budget(request, choice)
     return Plan(
         method=method,
         training_type=training_type,
@@ -192,11 +194,24 @@ def _named(find: Any, ref: str, param: str) -> Any:
         raise
 
 
-def _refuse_idle_slots(hyperparams: Hyperparams, choice: Choice) -> None:
-    if hyperparams.batch_size < choice.shape.slots:
+def _without_idle_slots(hyperparams: Hyperparams, choice: Choice) -> Choice:
+    busy = choice.only(lambda shape: shape.slots <= hyperparams.batch_size)
+    if not busy.options:
         raise InvalidRequest(
-            f"batch_size {hyperparams.batch_size} leaves some of {choice.shape.slots} GPUs without a row",
+            f"batch_size {hyperparams.batch_size} leaves some of {choice.shapes[0].slots} GPUs without a row",
             code="invalid_value",
             param="hyperparams.batch_size",
             hint="Raise batch_size, or ask for fewer num_gpus.",
+        )
+    return busy
+
+
+def _check_budget(request: FinetuneRequest, choice: Choice) -> None:
+    """A limit that could never be reached is refused, not ignored."""
+    if request.budget is not None and request.budget.usd is not None and not choice.priced:
+        raise InvalidRequest(
+            "a budget in USD cannot be kept: the nodes that may take this job name no price",
+            code="price_unknown",
+            param="budget.usd",
+            hint="Use budget.gpu_hours; operators set a node's price with node.price_per_hour.",
         )

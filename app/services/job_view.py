@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from app.db.models import BaseModel, Dataset, Environment, Step
 from app.db.models import Job as JobRow
 from app.schemas.finetune import Job, JobError, JobStatus, StatusDetails
-from cluster.core.job import JobState
+from app.services.forecasts import Forecast
+from cluster.core.job import TERMINAL, JobState
 
 STATUS: dict[JobState, JobStatus] = {
     JobState.VALIDATING: "validating_files",
@@ -30,6 +31,9 @@ STATUS: dict[JobState, JobStatus] = {
     JobState.FAILED: "failed",
     JobState.CANCELLED: "cancelled",
 }
+
+
+WAITS = frozenset({JobState.QUEUED, JobState.PROVISIONING, JobState.PARKED, JobState.SUSPENDED})
 
 
 def states_of(status: str) -> list[str]:
@@ -55,10 +59,17 @@ class Around:
     datasets: dict[str, str] = field(default_factory=dict)
     environments: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
 
 
-def read_around(session: Session, jobs: Sequence[JobRow], positions: dict[str, int]) -> Around:
+@dataclass(frozen=True)
+class Ahead:
+    """Places in the line, and what is foretold; of all jobs."""
+
+    positions: Mapping[str, int] = field(default_factory=dict)
+    forecast: Forecast = field(default_factory=Forecast)
+
+
+def read_around(session: Session, jobs: Sequence[JobRow]) -> Around:
     bases = {job.base_model_id for job in jobs}
     datasets = {key for job in jobs for key in (job.dataset_id, job.validation_dataset_id) if key}
     environments = {job.environment_id for job in jobs if job.environment_id}
@@ -73,7 +84,6 @@ def read_around(session: Session, jobs: Sequence[JobRow], positions: dict[str, i
             for row in session.scalars(select(Environment).where(Environment.id.in_(environments)))
         },
         progress=_progress(session, [job.id for job in jobs]),
-        positions=positions,
     )
 
 
@@ -90,7 +100,7 @@ def _progress(session: Session, job_ids: Sequence[str]) -> dict[str, Progress]:
     return {step.job_id: Progress(step.step, step.loss, step.epoch, float(mean_s)) for step, mean_s in rows}
 
 
-def view(job: JobRow, around: Around, now: datetime) -> Job:
+def view(job: JobRow, around: Around, ahead: Ahead, now: datetime) -> Job:
     state = JobState(job.state)
     progress = around.progress.get(job.id)
     base, dataset = around.base_models[job.base_model_id], around.datasets[job.dataset_id]
@@ -99,13 +109,16 @@ def view(job: JobRow, around: Around, now: datetime) -> Job:
         tenant_id=job.tenant_id,
         status=STATUS[state],
         status_details=StatusDetails(
-            state=job.state, reason=job.reason, since=unix(job.state_since), position=around.positions.get(job.id)
+            state=job.state,
+            reason=_reason(job, ahead.forecast, now),
+            since=unix(job.state_since),
+            position=ahead.positions.get(job.id),
         ),
         created_at=unix(job.created_at),
         started_at=_unix_or_none(job.started_at),
         finished_at=_unix_or_none(job.finished_at),
-        estimated_start=None,
-        estimated_finish=_estimated_finish(job, progress, now),
+        estimated_start=_estimated_start(job, ahead.forecast),
+        estimated_finish=_estimated_finish(job, progress, ahead.forecast, now),
         base_model=job.request.get("base_model", base),
         model=base,
         dataset_id=job.request.get("dataset_id", dataset),
@@ -123,6 +136,7 @@ def view(job: JobRow, around: Around, now: datetime) -> Job:
         granted=job.granted,
         estimate=job.estimate,
         actual=job.actual,
+        budget=job.budget,
         progress=_shown(job, progress),
         error=JobError(**job.error) if job.error else None,
         output_model=job.output_model,
@@ -146,12 +160,32 @@ def _shown(job: JobRow, progress: Progress | None) -> dict[str, Any] | None:
     }
 
 
-def _estimated_finish(job: JobRow, progress: Progress | None, now: datetime) -> int | None:
-    """From the mean of the steps so far; unknown before the first one and while nothing runs."""
-    steps = job.estimate.get("steps")
-    if progress is None or steps is None or job.state != JobState.RUNNING:
+def _estimated_start(job: JobRow, forecast: Forecast) -> int | None:
+    """Of a job that waits: as likely earlier as later."""
+    return _whole(forecast.of(job.id).start.p50) if job.state in WAITS else None
+
+
+def _estimated_finish(job: JobRow, progress: Progress | None, forecast: Forecast, now: datetime) -> int | None:
+    """As likely earlier as later. A running job that the look ahead has not seen yet: from the mean of its steps."""
+    if job.state in TERMINAL or job.state == JobState.PAUSED:
         return None
+    foretold, steps = forecast.of(job.id).finish.p50, job.estimate.get("steps")
+    if foretold is not None or progress is None or steps is None or job.state != JobState.RUNNING:
+        return _whole(foretold)
     return unix(now) + int(max(0, steps - progress.step) * progress.mean_s)
+
+
+def _reason(job: JobRow, forecast: Forecast, now: datetime) -> str:
+    """While others have their turn: about how long still."""
+    start = forecast.of(job.id).start.p50
+    if start is None or job.state not in (JobState.PARKED, JobState.SUSPENDED):
+        return job.reason
+    minutes = max(1, round((start - now.timestamp()) / 60))
+    return f"{job.reason}; its next turn comes in about {minutes} min"
+
+
+def _whole(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)
 
 
 def unix(time: datetime) -> int:

@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db import ids
 from app.db.events import NewEvent, append_event
-from app.db.models import Dataset, ModelVersion, Tenant
+from app.db.models import Dataset, ModelVersion
 from app.db.models import Job as JobRow
 from app.db.repository import PageRequest, Repository
 from app.db.requests import idempotent
 from app.db.transitions import Change, ask, resume, retry, transition
+from app.db.usage import budget_spent
 from app.schemas.common import Page
-from app.schemas.finetune import Estimate, FinetuneRequest, Job
+from app.schemas.finetune import Budget, Estimate, FinetuneRequest, Job
 from app.services.access import Access, Caller, Repeat
 from app.services.job_plan import Plan, make_plan
-from app.services.job_view import read_around, states_of, view
+from app.services.job_view import Ahead, read_around, states_of, view
+from app.services.line import LineService
 from app.services.parts import Parts, SolvedEnvironment
-from app.services.queue import positions
-from cluster.core.job import ACTIVE, TERMINAL, JobState, Wish
-from cluster.errors import Conflict, QuotaExceeded
+from app.services.quota import check_queue, priority_warnings, within_slots
+from cluster.core.job import JobState, Wish
+from cluster.errors import Conflict
 
 DEFAULT_ENVIRONMENT = "name: default\n"
 
 
 class JobService:
-    def __init__(self, parts: Parts, access: Access) -> None:
+    def __init__(self, parts: Parts, access: Access, line: LineService) -> None:
         self._parts = parts
         self._access = access
+        self._line = line
         self._default: SolvedEnvironment | None = None
+        self._solving = threading.Lock()
 
     def create(self, caller: Caller, request: FinetuneRequest, repeat: Repeat) -> dict[str, Any]:
         """Row, lock, first events and idempotency key in one transaction. The job object, as JSON."""
         caller = self._access.known(caller.for_tenant(request.tenant_id))
         tenant = caller.may("model:train", request.base_model)
-        if request.priority in ("urgent", "high"):
-            caller.may("model:urgent")
+        _may_hurry(caller, request)
         default = self._default_environment()
         with self._parts.database.tenant(tenant) as session, idempotent(session, repeat.by(tenant)) as once:
             if once.replay is None:
                 job = self._create(session, caller, request, default)
-                once.answer(202, self._views(session, [job], {})[0].model_dump(mode="json"))
+                once.answer(202, self._views(session, [job])[0].model_dump(mode="json"))
             assert once.response is not None  # a replay brings its own
             return once.response
 
     def _create(self, session: Session, caller: Caller, request: FinetuneRequest, default: SolvedEnvironment) -> JobRow:
         plan = make_plan(session, caller.tenant, request, self._parts.settings)
-        _check_quota(session, caller.tenant, plan)
+        quota = check_queue(session, caller.tenant)
+        plan = replace(plan, choice=within_slots(plan.choice, quota))
         job = _row(caller, request, plan)
         environment = plan.environment or default
         job.lock, job.fingerprint = environment.lock, environment.fingerprint
         session.add(job)
         session.flush()
         append_event(session, job.id, NewEvent("created", "the request was accepted", data={"request": job.request}))
-        for warning in plan.warnings:
+        for warning in [*plan.warnings, *priority_warnings(plan.choice, quota, request.priority)]:
             append_event(session, job.id, NewEvent("warning", warning, "warn"))
         transition(session, job, Change(JobState.QUEUED, "waits for its turn"))
         session.flush()
@@ -69,6 +74,7 @@ class JobService:
         """The same checks as `create`; nothing is written."""
         caller = self._access.known(caller.for_tenant(request.tenant_id))
         tenant = caller.may("model:train", request.base_model)
+        _may_hurry(caller, request)
         with self._parts.database.tenant(tenant) as session:
             plan = make_plan(session, tenant, request, self._parts.settings)
         return Estimate(
@@ -85,16 +91,16 @@ class JobService:
     def page(self, caller: Caller, request: PageRequest, status: str | None) -> Page[Job]:
         tenant = caller.may("model:read")
         conditions = () if status is None else (JobRow.state.in_(states_of(status)),)
-        places = self._positions()
+        ahead = self._ahead()
         with self._parts.database.tenant(tenant) as session:
             found = Repository(session, tenant).page(JobRow, request, *conditions)
-            return Page(data=self._views(session, list(found.data), places), has_more=found.has_more)
+            return Page(data=self._views(session, list(found.data), ahead), has_more=found.has_more)
 
     def get(self, caller: Caller, job_id: str) -> Job:
         tenant = caller.may("model:read", job_id)
-        places = self._positions()
+        ahead = self._ahead()
         with self._parts.database.tenant(tenant) as session:
-            return self._views(session, [Repository(session, tenant).job(job_id)], places)[0]
+            return self._views(session, [Repository(session, tenant).job(job_id)], ahead)[0]
 
     def cancel(self, caller: Caller, job_id: str) -> Job:
         return self._act(caller, job_id, lambda session, job: ask(session, job, Wish.CANCEL))
@@ -102,8 +108,9 @@ class JobService:
     def pause(self, caller: Caller, job_id: str) -> Job:
         return self._act(caller, job_id, lambda session, job: ask(session, job, Wish.PAUSE))
 
-    def resume(self, caller: Caller, job_id: str) -> Job:
-        return self._act(caller, job_id, resume)
+    def resume(self, caller: Caller, job_id: str, budget: Budget | None = None) -> Job:
+        """`budget` replaces what it names of the job's."""
+        return self._act(caller, job_id, lambda session, job: _resume(session, job, budget))
 
     def retry(self, caller: Caller, job_id: str) -> Job:
         return self._act(caller, job_id, _retry)
@@ -115,22 +122,45 @@ class JobService:
             act(session, job)
             session.flush()
             session.refresh(job)
-            return self._views(session, [job], {})[0]
+            return self._views(session, [job])[0]
 
-    def _positions(self) -> dict[str, int]:
+    def _ahead(self) -> Ahead:
         # Over all tenants: a place in the line, never whose jobs stand before it.
-        with self._parts.database.platform() as session:
-            return positions(session)
+        return Ahead(self._line.look().positions(), self._line.forecast())
 
-    def _views(self, session: Session, jobs: list[JobRow], places: dict[str, int]) -> list[Job]:
-        around = read_around(session, jobs, places)
+    def _views(self, session: Session, jobs: list[JobRow], ahead: Ahead | None = None) -> list[Job]:
+        around = read_around(session, jobs)
         now = session.scalars(select(func.clock_timestamp())).one()
-        return [view(job, around, now) for job in jobs]
+        return [view(job, around, ahead or Ahead(), now) for job in jobs]
 
     def _default_environment(self) -> SolvedEnvironment:
-        if self._default is None:
-            self._default = self._parts.solve(DEFAULT_ENVIRONMENT)
-        return self._default
+        with self._solving:  # once; many at the same time would also meet a fault of CPython 3.11's parser
+            if self._default is None:
+                self._default = self._parts.solve(DEFAULT_ENVIRONMENT)
+            return self._default
+
+
+def _may_hurry(caller: Caller, request: FinetuneRequest) -> None:
+    if request.priority in ("urgent", "high"):
+        caller.may("model:urgent")
+
+
+def _resume(session: Session, job: JobRow, budget: Budget | None) -> None:
+    """Raises `Conflict` when what the budget still says is spent, `QuotaExceeded`."""
+    if budget is not None:
+        job.budget = {**(job.budget or {}), **budget.model_dump(exclude_none=True)}
+        append_event(session, job.id, NewEvent("budget", "the budget was set anew", data={"budget": job.budget}))
+    if job.state == JobState.PAUSED:
+        check_queue(session, job.tenant_id)
+        spent = budget_spent(session, job)
+        if spent is not None:
+            raise Conflict(
+                f"the job has used its budget of {spent}",
+                code="budget_reached",
+                param="budget",
+                hint='Give a larger one: {"budget": {"gpu_hours": …}}, or `heliostat jobs resume ID --gpu-hours N`.',
+            )
+    resume(session, job)
 
 
 def _retry(session: Session, job: JobRow) -> None:
@@ -151,28 +181,19 @@ def _retry(session: Session, job: JobRow) -> None:
             code="model_deleted",
             hint="Send a new request with another base_model.",
         )
+    if job.state == JobState.FAILED:
+        _check_runtime(job)
+        check_queue(session, job.tenant_id)
     retry(session, job)
 
 
-def _check_quota(session: Session, tenant: str, plan: Plan) -> None:
-    """Raises `QuotaExceeded`. Creations of one tenant go one after another, so that two cannot take the last place."""
-    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:what, 0))"), {"what": f"jobs {tenant}"})
-    quota = session.get_one(Tenant, tenant)
-    slots = plan.choice.shape.slots
-    if quota.max_slots is not None and slots > quota.max_slots:
-        raise QuotaExceeded(
-            f"the job needs {slots} slots, the tenant may hold {quota.max_slots}",
-            code="quota_exceeded",
-            param="resource_config.num_gpus",
-            hint="Ask for fewer GPUs, or ask an operator for a larger quota.",
-        )
-    idle = [str(state) for state in JobState if state not in TERMINAL | ACTIVE]
-    waiting = session.scalars(select(func.count()).where(JobRow.tenant_id == tenant, JobRow.state.in_(idle))).one()
-    if waiting >= quota.max_queued_jobs:
-        raise QuotaExceeded(
-            f"{waiting} jobs wait already, the tenant may have {quota.max_queued_jobs}",
-            code="quota_exceeded",
-            hint="Wait until some have started, cancel some, or ask an operator for a larger quota.",
+def _check_runtime(job: JobRow) -> None:
+    if job.max_runtime_s is not None and job.ran_s >= job.max_runtime_s:
+        raise Conflict(
+            f"the job has run for all of its {job.max_runtime_s / 3600:g} max_runtime_hours",
+            code="max_runtime_reached",
+            param="resource_config.max_runtime_hours",
+            hint="Send a new request with a longer max_runtime_hours.",
         )
 
 
@@ -201,6 +222,7 @@ def _row(caller: Caller, request: FinetuneRequest, plan: Plan) -> JobRow:
         user_metadata=request.metadata or {},
         created_by=caller.identity.subject,
         max_runtime_s=hours * 3600 if hours else None,
+        budget=request.budget.model_dump(exclude_none=True) if request.budget else None,
     )
 
 

@@ -1,17 +1,17 @@
-"""What a job needs of the cluster and whether there is such a thing: kinds, memory, number of slots."""
+"""What a job needs of the cluster and whether there is such a thing: kinds, memory, number of slots, market, region."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.db.models import Node
 from app.schemas.finetune import ResourceConfig
 from cluster.core.job import Shape
 from cluster.core.kinds import CPU, matches, resolve_kind
-from cluster.errors import InvalidRequest, ResourceError, Unavailable
-from trainers.run.memory import Ask, Estimate, Offer, Training, choose_shape
+from cluster.errors import ResourceError, Unavailable
+from trainers.run.memory import Ask, Estimate, Offer, Training, choose_shapes
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,32 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    shape: Shape
-    estimate: Estimate
+    """Shapes that would do, the best first, each with its estimate. `priced`: whether every node that may take it has a
+    price."""
+
+    options: tuple[tuple[Shape, Estimate], ...]
     warnings: tuple[str, ...] = ()
+    priced: bool = False
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(shape for shape, _ in self.options)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Of the best one."""
+        return self.options[0][1]
+
+    def only(self, fits: Callable[[Shape], bool]) -> Choice:
+        """Perhaps with nothing left."""
+        return replace(self, options=tuple(option for option in self.options if fits(option[0])))
 
 
 def choose(
     asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, training: Training, fallback: bool
 ) -> Choice:
     """`fallback`: a kind that is not here gives way to what is. Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
-    _refuse_elsewhere(asked)
+    _refuse_many_nodes(asked)
     kinds = kinds_of(asked.gpu_type)
     if not nodes:
         raise Unavailable(
@@ -41,12 +57,13 @@ def choose(
             code="no_nodes",
             hint="Try again in a few seconds; `heliostat nodes` shows what is there.",
         )
-    offers, warnings = _offers(kinds, nodes, fallback)
-    way = _on(offers, training)
-    shape, estimate = choose_shape(
-        model.config, way, Ask(kinds, asked.mem_limit_gb, asked.num_gpus), offers, model.parameters
-    )
-    return Choice(shape, estimate, warnings)
+    nodes = _in_market(asked, _in_region(asked, nodes))
+    fitting, warnings = _of_kinds(kinds, nodes, fallback)
+    offers = _offers(fitting)
+    way = replace(training, on_cpu=all(offer.kind == CPU for offer in offers))
+    ask = Ask(kinds, asked.mem_limit_gb, asked.num_gpus)
+    options = choose_shapes(model.config, way, ask, offers, model.parameters)
+    return Choice(tuple(options), warnings, priced=all(node.price_per_hour > 0 for node in fitting))
 
 
 def kinds_of(gpu_type: str | list[str] | None) -> tuple[str, ...]:
@@ -57,16 +74,16 @@ def kinds_of(gpu_type: str | list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(resolve_kind(name) for name in names))
 
 
-def _offers(kinds: tuple[str, ...], nodes: Sequence[Node], fallback: bool) -> tuple[list[Offer], tuple[str, ...]]:
+def _of_kinds(kinds: tuple[str, ...], nodes: Sequence[Node], fallback: bool) -> tuple[list[Node], tuple[str, ...]]:
     if not kinds:
         accelerators = [node for node in nodes if node.kind != CPU]
-        return _of(accelerators or nodes), ()
-    found = _of([node for asked in kinds for node in nodes if matches(asked, node.kind)])
+        return accelerators or list(nodes), ()
+    found = [node for asked in kinds for node in nodes if matches(asked, node.kind)]
     if found:
         return found, ()
     there = ", ".join(sorted({node.kind for node in nodes}))
     if fallback:
-        return _of(nodes), (f"{' or '.join(kinds)} is not here: the job runs on {there} (gpu_type_fallback is any)",)
+        return list(nodes), (f"{' or '.join(kinds)} is not here: the job runs on {there} (gpu_type_fallback is any)",)
     raise ResourceError(
         f"no node here offers {' or '.join(kinds)}",
         code="gpu_type_unavailable",
@@ -75,7 +92,7 @@ def _offers(kinds: tuple[str, ...], nodes: Sequence[Node], fallback: bool) -> tu
     )
 
 
-def _of(nodes: Sequence[Node]) -> list[Offer]:
+def _offers(nodes: Sequence[Node]) -> list[Offer]:
     """Kinds in the order in which they come; of each what its best node has."""
     by_kind: dict[str, list[Node]] = {}
     for node in nodes:
@@ -86,13 +103,7 @@ def _of(nodes: Sequence[Node]) -> list[Offer]:
     ]
 
 
-def _on(offers: Sequence[Offer], training: Training) -> Training:
-    on_cpu = all(offer.kind == CPU for offer in offers)
-    return Training(**{**training.__dict__, "on_cpu": on_cpu})
-
-
-def _refuse_elsewhere(asked: ResourceConfig) -> None:
-    """What asks for machines that this version cannot bring."""
+def _refuse_many_nodes(asked: ResourceConfig) -> None:
     if (asked.num_nodes or 1) > 1:
         raise ResourceError(
             f"a job runs on one node, {asked.num_nodes} were asked for",
@@ -100,17 +111,32 @@ def _refuse_elsewhere(asked: ResourceConfig) -> None:
             param="resource_config.num_nodes",
             hint="Leave num_nodes out and use num_gpus.",
         )
-    if asked.market == "spot":
-        raise ResourceError(
-            "there is no spot capacity here",
-            code="market_unavailable",
-            param="resource_config.market",
-            hint="Use market any or on_demand.",
-        )
-    if asked.region is not None:
-        raise InvalidRequest(
-            f"region {asked.region!r} is not here: this cluster has no regions",
-            code="region_unavailable",
-            param="resource_config.region",
-            hint="Leave region out.",
-        )
+
+
+def _in_region(asked: ResourceConfig, nodes: Sequence[Node]) -> list[Node]:
+    if asked.region is None:
+        return list(nodes)
+    found = [node for node in nodes if node.region == asked.region]
+    if found:
+        return found
+    there = ", ".join(sorted({node.region for node in nodes if node.region}))
+    raise ResourceError(
+        f"no node here is in the region {asked.region!r}",
+        code="region_unavailable",
+        param="resource_config.region",
+        hint=f"There is: {there}." if there else "This cluster's nodes name no region: leave region out.",
+    )
+
+
+def _in_market(asked: ResourceConfig, nodes: Sequence[Node]) -> list[Node]:
+    if asked.market in (None, "any"):
+        return list(nodes)
+    found = [node for node in nodes if node.market == asked.market]
+    if found:
+        return found
+    raise ResourceError(
+        f"there is no {asked.market} capacity here" + (f" in {asked.region}" if asked.region else ""),
+        code="market_unavailable",
+        param="resource_config.market",
+        hint=f"Use market any or {'on_demand' if asked.market == 'spot' else 'spot'}.",
+    )

@@ -13,9 +13,11 @@ from app.services.datasets import DatasetService
 from app.services.environments import EnvironmentService
 from app.services.events import EventService
 from app.services.jobs import JobService
+from app.services.line import LineService
 from app.services.models import ModelService
 from app.services.parts import Parts
 from app.services.queue import QueueService
+from app.services.tenants import TenantService
 from app.services.tokens import TokenService
 
 
@@ -28,15 +30,17 @@ class Services:
         self.parts = parts
         self._verifier = verifier
         self._access = Access(parts)
-        self.jobs = JobService(parts, self._access)
+        line = LineService(parts.database, parts.settings.scheduler.policy())
+        self.jobs = JobService(parts, self._access, line)
         self.events = EventService(parts)
-        self.queue = QueueService(parts)
+        self.queue = QueueService(parts, line)
         self.datasets = DatasetService(parts)
         self.environments = EnvironmentService(parts)
         self.models = ModelService(parts)
         self.base_models = BaseModelService(parts)
         self.tokens = TokenService(issuer)
         self.cluster = ClusterService(parts)
+        self.tenants = TenantService(parts)
 
     def identify(self, token: str, tenant_id: str | None) -> Caller:
         """Raises `Unauthorized`, and `Forbidden` when `tenant_id` is another tenant's."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes_cluster import NoEnvironments
@@ -30,8 +31,8 @@ def agent(tmp_path: Path, objects: ObjectStore) -> NodeAgent:
     return NodeAgent("n1", lambda: _parts(tmp_path))
 
 
-def _parts(tmp_path: Path) -> AgentParts:
-    settings = NodeSettings(tmp_path / "node", str(tmp_path / "objects"), kind="cpu", slots=2, memory_gb=3)
+def _parts(tmp_path: Path, **declared: Any) -> AgentParts:
+    settings = NodeSettings(tmp_path / "node", str(tmp_path / "objects"), kind="cpu", slots=2, memory_gb=3, **declared)
     return AgentParts(NoEnvironments(tmp_path), settings)
 
 
@@ -51,6 +52,26 @@ def test_the_report_says_what_is_offered_and_cached(agent: NodeAgent, objects: O
     node = agent.report().node
     assert (node.name, node.kind, node.slots, node.memory_gb) == ("n1", "cpu", 2, 3)
     assert (node.environments, node.models) == ({"base"}, {sha256})
+
+
+@pytest.mark.parametrize(
+    ("written", "leaves_at"), [("1900000000", 1.9e9), ("1900000000.5\n", 1.9e9 + 0.5), ("soon", 7.0)]
+)
+def test_a_notice_makes_the_node_leave(tmp_path: Path, written: str, leaves_at: float) -> None:
+    file = tmp_path / "notice"
+    agent = NodeAgent("n1", lambda: _parts(tmp_path, notice_file=file))
+    assert (agent.report().node.draining, agent.report().leaves_at) == (False, None)
+    file.write_text(written)
+    os.utime(file, (7.0, 7.0))
+    assert (agent.report().node.draining, agent.report().leaves_at) == (True, leaves_at)
+    file.unlink()
+    assert not agent.report().node.draining
+
+
+def test_the_report_says_what_the_node_costs_and_where_it_is(tmp_path: Path) -> None:
+    agent = NodeAgent("n1", lambda: _parts(tmp_path, market="spot", region="north", price_per_hour=0.5))
+    node = agent.report().node
+    assert (node.market, node.region, node.price, node.park_gb) == ("spot", "north", 0.5, 3.0)
 
 
 def test_an_agent_that_cannot_open_yet_says_so_and_tries_again(tmp_path: Path) -> None:

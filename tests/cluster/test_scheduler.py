@@ -147,8 +147,7 @@ def test_after_a_fault_the_attempt_is_ended_released_and_queued_again_and_a_new_
 def test_a_driver_that_was_never_started_is_started_by_the_next_scheduler(world: World) -> None:
     world.store.queue(a_job())
     world.drivers.refuse["j1"] = Unavailable("Ray is away")
-    with pytest.raises(Unavailable):
-        world.round()
+    world.round()
     assert (world.state(), world.drivers.started) == (S.PREPARING, [])
     world.drivers.refuse.clear()
     world.nodes.running["n1"] = {("j1", 1)}  # left behind by a driver that died with the scheduler
@@ -163,8 +162,7 @@ def test_a_driver_that_was_never_started_is_started_by_the_next_scheduler(world:
 def test_a_driver_is_not_started_beside_living_processes_of_its_attempt(world: World) -> None:
     world.store.queue(a_job())
     world.drivers.refuse["j1"] = Unavailable("Ray is away")
-    with pytest.raises(Unavailable):
-        world.round()
+    world.round()
     world.drivers.refuse.clear()
     world.nodes.immortal.add(("j1", 1))
     world.round(2)
@@ -266,6 +264,7 @@ def test_slots_are_not_free_while_a_process_lives_even_after_the_lease_expired(w
     world.round(3)
     assert list(world.store.facts.leases) == [("j1", 1)]
     world.nodes.immortal.clear()
+    world.clock.advance(TIMES.poll_s)
     world.round()
     assert world.store.facts.leases == {}
 

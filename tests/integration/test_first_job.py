@@ -81,6 +81,8 @@ def test_full_training_continues_nothing_half_and_is_told_as_a_stream(service: S
     assert numbers == list(range(1, len(numbers) + 1)), "no event missed, in order, and the stream ends with the job"
     seen = wait_done(client, job_id)
     assert seen["status"] == "succeeded", explain_failure(service, client, job_id)
+    answer = client.get("/finetune/nope", headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"], "named once, though Serve names requests too"
 
 
 def test_ray_job_submit_runs_the_command_line_on_the_cluster(service: Service, tmp_path: Path) -> None:

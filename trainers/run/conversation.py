@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.core.job import JobState
 from cluster.errors import JobFailure
+from trainers.run.limits import max_runtime_outcome
 from trainers.run.parts import Order, Outcome, Record
 from trainers.run.ports import DriverStore, StepRow
 from trainers.run.records import RecordWriter
@@ -25,27 +26,64 @@ class Intent(StrEnum):
 
     CANCEL = "cancel"
     PAUSE = "pause"
-    MAX_RUNTIME = "max_runtime"
+    LIMIT = "limit"
+    SUSPEND = "suspend"
+
+    @property
+    def rank(self) -> int:
+        """What the tenant wants overtakes what the scheduler wants, and a cancel overtakes everything."""
+        return {Intent.CANCEL: 3, Intent.SUSPEND: 1}.get(self, 2)
+
+
+class RunClock:
+    """Seconds in which the child trained; those in which it was parked do not count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ran_s = 0.0
+        self._since: float | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._since is not None or self._ran_s > 0
+
+    def go(self) -> None:
+        self._since = self._clock() if self._since is None else self._since
+
+    def halt(self) -> None:
+        self._ran_s, self._since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self._ran_s + (self._clock() - self._since if self._since is not None else 0.0)
 
 
 class Conversation:
-    """`on_end` is told the outcome once the worker's last word is there."""
+    """`on_end` is told the outcome once the worker's last word is there; `on_turn` that the child has parked or gone on."""
 
     def __init__(
-        self, job: tuple[str, int], store: DriverStore, writer: RecordWriter, on_end: Callable[[Outcome], None]
+        self,
+        job: tuple[str, int],
+        store: DriverStore,
+        writer: RecordWriter,
+        on_end: Callable[[Outcome], None],
+        on_turn: Callable[[], None],
     ) -> None:
         self._job = job
         self._store = store
         self._writer = writer
         self._on_end = on_end
+        self._on_turn = on_turn
         self._orders: collections.deque[Order] = collections.deque()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._at: dict[str, float] = {}
         self.intent: Intent | None = None
+        self._leads_to: Outcome | None = None
         self.hello: dict[str, Any] = {}
         self.ready: dict[str, Any] = {}
-        self.running_since: float | None = None
+        self.clock = RunClock()
+        self._asked = self._answered = 0
+        self._child_parked = False
         self.archiving = False
 
     @property
@@ -53,13 +91,34 @@ class Conversation:
         """Whether there is a child that can be asked."""
         return "spawned" in self._at
 
-    def stop(self, intent: Intent) -> None:
-        """Asks the child to write a checkpoint and stop at the next step boundary; a cancelled one just ends."""
-        self.intent = intent
+    @property
+    def trains(self) -> bool:
+        """Whether the child is between its first step and its last: there is something to park."""
+        return "ready" in self._at and not self.archiving
+
+    def stop(self, intent: Intent, outcome: Outcome | None = None) -> None:
+        """Asks the child to write a checkpoint and stop at the next step boundary; a cancelled one just ends. `outcome`:
+        what this leads to, where the intent alone does not say it."""
+        self.intent, self._leads_to = intent, outcome
         if intent is Intent.CANCEL:
             self.kill()
         else:
-            self._orders.append({"order": "command", "id": next(self._numbers), "command": "stop"})
+            self.command("stop")
+
+    @property
+    def parked(self) -> bool:
+        """Nothing is computed, and no command is on its way that could change it."""
+        return self._child_parked and self._answered >= self._asked
+
+    def command(self, command: str) -> None:
+        self._asked = next(self._numbers)
+        self._orders.append({"order": "command", "id": self._asked, "command": command})
+
+    def stopped(self) -> Outcome:
+        """How an attempt ends that was stopped on purpose."""
+        if self.intent is None:
+            raise RuntimeError("nobody stopped it")
+        return self._leads_to or outcome_of(self.intent)
 
     def kill(self) -> None:
         self._orders.append({"order": "end"})
@@ -112,7 +171,7 @@ class Conversation:
     def _ready(self, record: Record) -> None:
         self._at["ready"] = record["at"]
         self.ready = {name: value for name, value in record.items() if name not in ("type", "at")}
-        self.running_since = time.monotonic()
+        self.clock.go()
         self._since("load", record, "hello")
         self._move(JobState.RUNNING, "training")
         self.event("ready", f"training {record['steps']} steps from step {record['start_step']}", self.ready)
@@ -129,7 +188,14 @@ class Conversation:
         self.event("log", record["message"][:4000], {}, level)
 
     def _ack(self, record: Record) -> None:
-        """Nothing waits for it: what a command leads to is seen by itself."""
+        """Says where the child stands; what other commands lead to is seen by itself."""
+        self._answered = max(self._answered, record["id"])
+        was_parked, self._child_parked = self._child_parked, record["state"] == "parked"
+        if self._child_parked:
+            self.clock.halt()
+        elif was_parked:
+            self.clock.go()
+        self._on_turn()
 
     def _stored(self, record: Record) -> None:
         """The child may let go of older checkpoints only when the row is there."""
@@ -152,14 +218,14 @@ class Conversation:
 
     def _artifact(self, record: Record) -> None:
         if self.intent is Intent.CANCEL:  # it finished while it was told to stop: the wish came first
-            self._on_end(outcome_of(self.intent))
+            self._on_end(self.stopped())
             return
         self._since("archiving", record, "finished")
         self._on_end(Outcome(JobState.SUCCEEDED, "the model is stored", artifact=record))
 
     def _failed(self, record: Record) -> None:
         if self.intent is Intent.CANCEL:
-            self._on_end(outcome_of(self.intent))
+            self._on_end(self.stopped())
             return
         error = {name: record.get(name) for name in ("code", "message", "param", "hint", "fixable_by")}
         self._tail(record)
@@ -170,11 +236,11 @@ class Conversation:
         if self.intent is None:
             self._lost({**record, "exit_code": 0, "signal": None})
         else:
-            self._on_end(outcome_of(self.intent))
+            self._on_end(self.stopped())
 
     def _lost(self, record: Record) -> None:
         if self.intent is not None:
-            self._on_end(outcome_of(self.intent))
+            self._on_end(self.stopped())
             return
         self._tail(record)
         self._on_end(_lost_outcome(record, hello_heard="hello" in self._at))
@@ -207,13 +273,9 @@ def outcome_of(intent: Intent) -> Outcome:
         return Outcome(JobState.CANCELLED, "cancelled on request")
     if intent is Intent.PAUSE:
         return Outcome(JobState.PAUSED, "paused on request")
-    failure = JobFailure(
-        "the job reached its max_runtime_hours before it was done; its last checkpoint is kept",
-        code="max_runtime_reached",
-        param="resource_config.max_runtime_hours",
-        hint="Start a job with a longer max_runtime_hours, fewer epochs or max_steps.",
-    )
-    return Outcome(JobState.FAILED, failure.message, failure.as_dict())
+    if intent is Intent.SUSPEND:
+        return Outcome(JobState.SUSPENDED, "gave way to others")
+    return max_runtime_outcome()
 
 
 def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:

@@ -14,23 +14,26 @@ from typing import Any
 
 from cluster.core.job import JobState, Wish
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from trainers.run.conversation import Conversation, Intent, outcome_of
+from trainers.run.conversation import Conversation, Intent
+from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
 from trainers.run.ports import Assignment
-from trainers.run.preparing import lineage, node_of, prepare
+from trainers.run.preparing import CPU, lineage, node_of, prepare
 from trainers.run.records import RecordWriter
+from trainers.run.turns import TurnActions, Turns
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 2.0
-"""At most; a lease with a short time to live is renewed three times in it. Wishes of the tenant are seen so fast."""
+HEARTBEAT_S = 1.0
+"""At most; a lease with a short time to live is renewed three times in it. Wishes of the tenant are seen so fast, orders of the
+scheduler at once: it nudges."""
 
 _FORCED_S = 15.0
 _INTENTS = {Wish.CANCEL: Intent.CANCEL, Wish.PAUSE: Intent.PAUSE}
 
 
 class JobDriver:
-    """`run` blocks; `relay`, `task` and `ping` are called meanwhile, by other threads."""
+    """`run` blocks; `relay`, `task`, `nudge` and `ping` are called meanwhile, by other threads."""
 
     def __init__(self, job_id: str, attempt: int, parts: DriverParts, agents: Agents, gang: Gang) -> None:
         self._job = (job_id, attempt)
@@ -40,7 +43,14 @@ class JobDriver:
         self._gang = gang
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._writer = RecordWriter(parts.settings.max_waiting_records, self._on_fenced, self._on_broken)
-        self._conversation = Conversation(self._job, parts.store, self._writer, self._outcomes.put)
+        self._woken = threading.Event()
+        self._conversation = Conversation(
+            self._job, parts.store, self._writer, on_end=self._outcomes.put, on_turn=self.nudge
+        )
+        self._turns = Turns(
+            self._conversation, TurnActions(self._give_way, self._free_slots), parts.settings.yield_grace_s
+        )
+        self._limits = Limits(parts.store)
         self._leaving = threading.Event()
         self._broken = False
         self._assignment: Assignment | None = None
@@ -50,6 +60,10 @@ class JobDriver:
 
     def ping(self) -> str:
         return "ok"
+
+    def nudge(self) -> None:
+        """Look at the rows now: there is an order, or something to tell."""
+        self._woken.set()
 
     def task(self) -> WorkerTask:
         """For a worker that has come up."""
@@ -76,6 +90,7 @@ class JobDriver:
             self._writer.submit(lambda: self._write_end(outcome))
         self._writer.close()
         self._leaving.set()
+        self._woken.set()
         if self._broken:
             raise RuntimeError(f"the driver of {self._job} broke; see its log")
 
@@ -132,15 +147,15 @@ class JobDriver:
                 if self._leaving.wait(1.0):
                     raise
 
-    # ── the lease and the tenant's wishes ───────────────────────────────────────────────────────────────────────────
+    # ── the lease, the tenant's wishes, the scheduler's orders ──────────────────────────────────────────────────────
 
     def _keep_lease(self) -> None:
-        while True:
+        while not self._leaving.is_set():
+            self._woken.clear()
             self._beat()
-            self._watch_runtime()
+            self._watch_limits()
             self._watch_stop()
-            if self._leaving.wait(min(self._settings.lease_ttl_s / 3, HEARTBEAT_S)):
-                return
+            self._woken.wait(min(self._settings.lease_ttl_s / 3, HEARTBEAT_S))
 
     def _beat(self) -> None:
         try:
@@ -151,36 +166,50 @@ class JobDriver:
             self._on_fenced()
         elif beat.wish in _INTENTS:
             self._stop(_INTENTS[beat.wish])
+        elif self._conversation.intent is None and not self._conversation.archiving:
+            parks = self._assignment is not None and self._assignment.kind == CPU
+            self._turns.follow(beat, parks, time.monotonic())
 
-    def _stop(self, intent: Intent) -> None:
-        """Once per intent; a cancel overtakes a pause. What is being archived is too late to stop."""
+    def _give_way(self) -> None:
+        self._stop(Intent.SUSPEND)
+
+    def _free_slots(self) -> bool:
+        """Asked again with the next beat when it could not be written."""
+        try:
+            return self._store.park(*self._job)
+        except (Unavailable, Fenced) as error:
+            log.info("the slots of %s are not free yet: %s", self._job, error.message)
+            return False
+
+    def _stop(self, intent: Intent, leads_to: Outcome | None = None) -> None:
+        """Once per intent; a higher one overtakes. What is being archived is too late to stop."""
         conversation = self._conversation
-        if conversation.archiving or conversation.intent in (intent, Intent.CANCEL):
+        if conversation.archiving or (conversation.intent is not None and conversation.intent.rank >= intent.rank):
             return
-        if not conversation.started:
-            conversation.intent = intent
-            self._outcomes.put(outcome_of(intent))
-            return
+        started = conversation.started
+        conversation.stop(intent, leads_to)
         self._stopped_at = time.monotonic()
-        conversation.stop(intent)
+        if not started:  # no child hears it
+            self._outcomes.put(conversation.stopped())
 
-    def _watch_runtime(self) -> None:
-        since, assignment = self._conversation.running_since, self._assignment
-        if since is None or assignment is None or assignment.max_runtime_s is None:
+    def _watch_limits(self) -> None:
+        conversation, assignment = self._conversation, self._assignment
+        if assignment is None or not conversation.clock.started or conversation.intent is not None:
             return
-        ran_s = assignment.ran_s + time.monotonic() - since
-        if ran_s >= assignment.max_runtime_s and self._conversation.intent is None:
-            self._stop(Intent.MAX_RUNTIME)
+        reached = self._limits.reached(assignment, assignment.ran_s + conversation.clock.seconds())
+        if reached is not None:
+            self._stop(Intent.LIMIT, reached)
 
     def _watch_stop(self) -> None:
         """A child that does not stop in time is killed; a worker that does not answer to that is left behind."""
         intent = self._conversation.intent
         if intent is None or self._stopped_at is None or self._conversation.archiving:
             return
-        grace_s = 0.0 if intent is Intent.CANCEL else self._settings.stop_grace_s
+        graces = {Intent.CANCEL: 0.0, Intent.SUSPEND: self._settings.yield_grace_s}
+        grace_s = graces.get(intent, self._settings.stop_grace_s)
         waited_s = time.monotonic() - self._stopped_at
         if waited_s >= grace_s + _FORCED_S:
-            self._outcomes.put(outcome_of(intent))
+            self._outcomes.put(self._conversation.stopped())
         elif waited_s >= grace_s:
             self._conversation.kill()
 

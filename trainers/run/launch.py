@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from cluster.errors import HeliostatError, Unavailable
 from trainers.run.driver import JobDriver
 from trainers.run.gang import NAMESPACE, RayAgents, RayGang, controller_name, driver_name, kill_actor
 from trainers.run.parts import DriverParts, Order, Record, WorkerTask
+
+log = logging.getLogger(__name__)
 
 Wiring = Callable[[], DriverParts]
 
@@ -61,6 +64,9 @@ class DriverActor:
 
     def ping(self) -> str:
         return self._driver.ping()
+
+    def nudge(self) -> None:
+        self._driver.nudge()
 
 
 def _display_name(job_id: str, attempt: int, parts: DriverParts) -> str:
@@ -112,6 +118,12 @@ class RayDriverLauncher:
         except RayError:  # late, or it cannot be set up on its node: the lease runs out
             return None
         return True
+
+    def nudge(self, job_id: str, attempt: int) -> None:
+        try:
+            ray.get_actor(driver_name(job_id, attempt), namespace=NAMESPACE).nudge.remote()
+        except (ValueError, RayError) as error:
+            log.debug("the driver of job %s attempt %d was not nudged: %s", job_id, attempt, error)
 
     def end(self, job_id: str, attempt: int) -> None:
         """The driver first: a controller that is ended before it would look like a fault to it."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.core.job import Shape
+from cluster.core.kinds import matches
 from cluster.errors import ResourceError
 from trainers.run.architectures import ModelShape, read_shape
 
@@ -17,6 +18,9 @@ GIB = 1024**3
 CUDA_CONTEXT_BYTES = int(0.8 * GIB)
 DEFAULT_SEQ_LEN = 2048
 """Assumed where the longest row is not known."""
+
+PROCESS_GB = 0.5
+"""Of host memory, that Python and torch take in each process."""
 
 MARGIN = 1.05
 """Allocator fragmentation, buffers of collectives."""
@@ -159,6 +163,31 @@ class Ask:
     slots: int | None = None
 
 
+def choose_shapes(
+    config: Mapping[str, Any],
+    training: Training,
+    ask: Ask,
+    offers: Sequence[Offer],
+    parameters: int | None = None,
+) -> list[tuple[Shape, Estimate]]:
+    """Of each kind the smallest number of slots that fits, with its estimate. As `ask.kinds` prefers, then the fewer slots
+    the better; kinds that are equally good share a shape. `offers` are those that match `ask.kinds`.
+    Raises `ResourceError`: `memory_limit_too_small`, `does_not_fit`."""
+    needed = [_estimate_for(config, training, slots, parameters) for slots in _counts(ask, offers)]
+    within = [one for one in needed if ask.mem_limit_gb is None or one.total_gb <= ask.mem_limit_gb]
+    if needed and not within:
+        raise _limit_too_small(needed, ask)
+    groups: dict[tuple[int, int], tuple[Estimate, list[str]]] = {}
+    for offer in offers:
+        one = next((one for one in within if _fits(one, offer)), None)
+        if one is not None:
+            _, kinds = groups.setdefault((_preference(offer, ask), one.slots), (one, []))
+            kinds.append(offer.kind)
+    if not groups:
+        raise _does_not_fit(needed, ask, offers)
+    return [(_shape(one, kinds, training), one) for _, (one, kinds) in sorted(groups.items(), key=lambda item: item[0])]
+
+
 def choose_shape(
     config: Mapping[str, Any],
     training: Training,
@@ -166,17 +195,27 @@ def choose_shape(
     offers: Sequence[Offer],
     parameters: int | None = None,
 ) -> tuple[Shape, Estimate]:
-    """The smallest number of slots of a fitting kind, and its estimate. `offers` are those that match `ask.kinds`.
-    Raises `ResourceError`: `memory_limit_too_small`, `does_not_fit`."""
-    needed = [_estimate_for(config, training, slots, parameters) for slots in _counts(ask, offers)]
-    within = [one for one in needed if ask.mem_limit_gb is None or one.total_gb <= ask.mem_limit_gb]
-    if needed and not within:
-        raise _limit_too_small(needed, ask)
-    for one in within:
-        kinds = _fitting(one, offers)
-        if kinds:
-            return Shape(slots=one.slots, memory_gb=one.total_gb, kinds=kinds), one
-    raise _does_not_fit(needed, ask, offers)
+    """The best of `choose_shapes`."""
+    return choose_shapes(config, training, ask, offers, parameters)[0]
+
+
+def park_gb(one: Estimate, on_cpu: bool) -> float:
+    """Host memory that a parked job needs on its node, GiB: on `cpu` its processes keep all that they had, from an
+    accelerator come weights, gradients and optimizer states."""
+    kept = one.total_gb
+    if not on_cpu and one.decided_by == "model":
+        kept = sum(one.parts[name] for name in ("weights", "gradients", "optimizer")) * MARGIN / GIB
+    return round((kept + PROCESS_GB) * one.slots, 2)
+
+
+def _shape(one: Estimate, kinds: Sequence[str], training: Training) -> Shape:
+    kinds = tuple(dict.fromkeys(kinds))
+    return Shape(one.slots, one.total_gb, kinds, park_gb=park_gb(one, training.on_cpu))
+
+
+def _preference(offer: Offer, ask: Ask) -> int:
+    """The place in the request's list of kinds."""
+    return next((place for place, kind in enumerate(ask.kinds) if matches(kind, offer.kind)), len(ask.kinds))
 
 
 def _counts(ask: Ask, offers: Sequence[Offer]) -> list[int]:
@@ -190,9 +229,8 @@ def _estimate_for(config: Mapping[str, Any], training: Training, slots: int, par
     return estimate(config, replace(training, slots=slots), parameters)
 
 
-def _fitting(one: Estimate, offers: Sequence[Offer]) -> tuple[str, ...]:
-    fitting = (offer.kind for offer in offers if offer.memory_gb >= one.total_gb and offer.slots >= one.slots)
-    return tuple(dict.fromkeys(fitting))
+def _fits(one: Estimate, offer: Offer) -> bool:
+    return offer.memory_gb >= one.total_gb and offer.slots >= one.slots
 
 
 def _limit_too_small(needed: Sequence[Estimate], ask: Ask) -> ResourceError:

@@ -25,7 +25,7 @@ FIELDS: dict[str, dict[str, _Types]] = {
         "seconds": NUMBER,
     },
     "checkpoint": {"step": int, "path": str, "sha256": dict, "metrics": dict},
-    "ack": {"command": str, "state": str},
+    "ack": {"id": int, "command": str, "state": str},
     "log": {"level": str, "message": str},
     "failed": {"code": str, "message": str},
     "finished": {"step": int, "artifact": str, "sha256": dict, "metrics": dict},

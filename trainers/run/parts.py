@@ -38,7 +38,10 @@ class DriverSettings:
     checkpoint_every_s: float = 60.0
     exact_match_rows: int = 200
     stop_grace_s: float = 120.0
-    """From the order to write a checkpoint and stop until the child is killed."""
+    """From the tenant's wish to write a checkpoint and stop until the child is killed."""
+    yield_grace_s: float = 60.0
+    """From the scheduler's order to park until the child is told to write a checkpoint and stop, and from that until it is
+    killed: it goes on from its last checkpoint then."""
     relay_s: float = 0.5
     """How often a worker speaks to its driver: steps travel in batches, orders in the answers."""
     max_output_bytes: int = 256 * GIB

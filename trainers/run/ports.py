@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.core.events import How
 from cluster.core.job import JobState, Placement, Wish
 from trainers.config import Hyperparams
 
@@ -58,10 +59,23 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`fenced`: another attempt, or nobody, owns this job now: end the child and leave."""
+    """`fenced`: another attempt, or nobody, owns this job now: end the child and leave. `order`: the scheduler's, to give
+    way; it stands until it is obeyed. `parked`: the attempt's slots are free for others."""
 
     wish: Wish
     fenced: bool
+    order: How | None = None
+    parked: bool = False
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """For how many more seconds an attempt may hold its slots (negative: it should have left), and what sets the limit: an error
+    code, and the limit in words."""
+
+    left_s: float
+    code: str
+    limit: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,10 @@ class DriverStore(Protocol):
         """Renews the lease; does not raise `Fenced`."""
         ...
 
+    def allowance(self, job_id: str, attempt: int) -> Allowance | None:
+        """What budget and quotas leave, counted from the leases; None: no limit. Does not raise `Fenced`."""
+        ...
+
     def move(
         self,
         job_id: str,
@@ -92,6 +110,11 @@ class DriverStore(Protocol):
         error: dict[str, str | None] | None = None,
     ) -> bool:
         """Compare-and-set from any state that `then` may follow, with its event, in one transaction. False: it may not."""
+        ...
+
+    def park(self, job_id: str, attempt: int) -> bool:
+        """running → parked, and its slots are free, in one transaction; True also when that is so already. False: it was not
+        ordered (any more), or the job is in a state that cannot be parked."""
         ...
 
     def event(

@@ -65,6 +65,11 @@ class Where:
         None
     )
     priority: Annotated[str | None, typer.Option(help="urgent, high, normal, low.", rich_help_panel=RUN)] = None
+    region: Annotated[str | None, typer.Option(help="Only nodes there.", rich_help_panel=RUN)] = None
+    budget_gpu_hours: Annotated[
+        float | None, typer.Option(metavar="H", help="Pause at a checkpoint when used up.", rich_help_panel=RUN)
+    ] = None
+    budget_usd: Annotated[float | None, typer.Option(help="The same, in USD.", rich_help_panel=RUN)] = None
     env: Annotated[str | None, typer.Option(help="Environment.", rich_help_panel=RUN)] = None
 
 
@@ -114,7 +119,14 @@ def body_of(what: What, where: Where) -> dict[str, Any]:
     """Only what was said."""
     resources = {
         **gpus_of(where.gpus),
-        **given({"num_nodes": where.nodes, "mem_limit_gb": where.mem_limit_gb, "market": where.market}),
+        **given(
+            {
+                "num_nodes": where.nodes,
+                "mem_limit_gb": where.mem_limit_gb,
+                "market": where.market,
+                "region": where.region,
+            }
+        ),
         **({"max_runtime_hours": _hours(where.max_runtime)} if where.max_runtime else {}),
     }
     hyper = {key: scalar(value) for key, value in assignments(what.hyper or [], "--hyper").items()}
@@ -133,6 +145,7 @@ def body_of(what: What, where: Where) -> dict[str, Any]:
         "resource_config": resources or None,
         "priority": where.priority,
         "environment": where.env,
+        "budget": given({"gpu_hours": where.budget_gpu_hours, "usd": where.budget_usd}) or None,
     }
     return given(body)
 

@@ -9,11 +9,11 @@ import typer
 from app.cli.command import command, group
 from app.cli.commands import watch
 from app.cli.job_text import JOB_COLUMNS, event_line, failure, job_row, summary
-from app.cli.output import cell, pairs, table
+from app.cli.line_text import explanation
+from app.cli.output import cell, table
 from app.cli.progress import Progress
 from app.cli.session import Session
 from app.cli.stream import EventStream
-from app.cli.units import ago
 
 app = group("Fine-tuning jobs.")
 Id = Annotated[str, typer.Argument(help="ftjob-…")]
@@ -72,28 +72,34 @@ def events(
 
 @command(app, "explain")
 def explain(session: Session, id: Id) -> None:
-    """Why a job waits, and when it should start."""
+    """Why a job waits or what it holds, and when it should start and end."""
     told = session.client().get(f"/finetune/{id}/explain")
-    session.out.show(told, lambda: pairs((key.replace("_", " "), _lines(key, value)) for key, value in told.items()))
+    session.out.show(told, lambda: explanation(told))
 
 
-def _lines(key: str, value: Any) -> str | None:
-    if value is None or key == "object":
-        return None
-    if key == "since":
-        return ago(value)
-    if not isinstance(value, list):
-        return cell(value)
-    return "\n".join(cell(item["message"] if isinstance(item, dict) and "message" in item else item) for item in value)
+@command(app, "resume")
+def resume(
+    session: Session,
+    id: Id,
+    gpu_hours: Annotated[float | None, typer.Option(metavar="H", help="A larger budget, in all.")] = None,
+    usd: Annotated[float | None, typer.Option(metavar="N", help="A larger budget, in all.")] = None,
+) -> None:
+    """Puts a paused job back into the queue; one that has used its budget needs a larger one."""
+    budget = {name: value for name, value in (("gpu_hours", gpu_hours), ("usd", usd)) if value is not None}
+    body = {"budget": budget} if budget else {}
+    _steered(session, session.client().post(f"/finetune/{id}/resume", body))
 
 
 def _steer(verb: str, help: str) -> None:
     def steer(session: Session, id: Id) -> None:
-        job = session.client().post(f"/finetune/{id}/{verb}")
-        session.out.show(job, lambda: f"{job['id']} is {job['status']}{_reason(job)}")
+        _steered(session, session.client().post(f"/finetune/{id}/{verb}"))
 
     steer.__doc__ = help
     command(app, verb)(steer)
+
+
+def _steered(session: Session, job: dict[str, Any]) -> None:
+    session.out.show(job, lambda: f"{job['id']} is {job['status']}{_reason(job)}")
 
 
 def _reason(job: dict[str, Any]) -> str:
@@ -103,5 +109,4 @@ def _reason(job: dict[str, Any]) -> str:
 
 _steer("cancel", "Ends a job; its checkpoints stay.")
 _steer("pause", "Saves a checkpoint and frees the slots.")
-_steer("resume", "Puts a paused job back into the queue.")
 _steer("retry", "Puts a failed job back into the queue; it goes on from its last checkpoint.")

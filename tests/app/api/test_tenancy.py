@@ -35,6 +35,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /models/{ref}/rollback": {"json": {}},
     "POST /base-models": {"json": {"name": "x", "source": "/x"}},
     "POST /tokens": {"json": {}},
+    "PATCH /tenants/{ref}": {"json": {"weight": 2}},
 }
 
 

@@ -176,7 +176,7 @@ def build(service: FakeService) -> FastAPI:
         digest = hashlib.sha256(archive).hexdigest()
         return Response(archive[:-1] + b"x" if service.damaged else archive, headers={"x-content-sha256": digest})
 
-    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
+    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     async def other(request: Request, path: str) -> Response:
         body = await request.body()
         service.bodies.append(json.loads(body) if body else None)

@@ -167,6 +167,7 @@ def test_the_cluster(cli: Run, service: FakeService) -> None:
     here = {"id": "cpu", "available": True, "slots": 2}
     service.objects = {
         "GET /queue": {"data": [{"position": 1, "id": "ftjob-4"}]},
+        "GET /shares": {"data": []},
         "GET /nodes": {"data": [{"id": "node-a", "kind": "cpu", "slots": 2, "seen_at": 1}]},
         "GET /gpu-types": {"data": [here, {"id": "A100", "available": False, "slots": 0}]},
         "GET /me": {"tenant": "acme", "role": "admin"},
@@ -179,7 +180,7 @@ def test_the_cluster(cli: Run, service: FakeService) -> None:
 
 
 def test_an_operator_acts_for_a_tenant(cli: Run, service: FakeService) -> None:
-    service.objects["GET /queue"] = {"data": []}
+    service.objects = {"GET /queue": {"data": []}, "GET /shares": {"data": []}}
     assert cli("queue", "--tenant", "acme").code == 0
     assert service.seen("GET", "/queue") == [{"tenant_id": "acme"}]
 

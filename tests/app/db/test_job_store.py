@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from builders_db import core_job, granted_job, make_dataset, make_node, queued_job
+from builders_db import grant, granted_job, make_dataset, make_node, queued_job
 from sqlalchemy import func, select, update
 
 from app.db.job_store import SqlJobStore
@@ -85,7 +85,7 @@ def test_finishing_again_gives_the_same_answer_and_registers_nothing(
     store.move(job_id, 1, S.RUNNING, reason="")
     store.move(job_id, 1, S.ARCHIVING, reason="")
     first = store.finish(job_id, 1, "p", {}, {}, {})
-    scheduler.release(epoch, job_id, 1)
+    scheduler.release(epoch, [(job_id, 1)])
     assert store.finish(job_id, 1, "p", {}, {}, {}) == first
     with database.platform() as session:
         assert session.scalar(select(func.count()).select_from(ModelVersion)) == 1
@@ -149,12 +149,12 @@ def test_after_its_release_an_attempt_changes_nothing(
     write: Callable[[SqlJobStore, str], object],
 ) -> None:
     scheduler.mark_recovering(epoch, job_id, 1, "lost")
-    scheduler.release(epoch, job_id, 1)
+    scheduler.release(epoch, [(job_id, 1)])
     before = row(database, job_id)
     assert before.state == "queued"  # from where the table would allow much
     with pytest.raises(Fenced):
         write(store, job_id)
-    assert scheduler.grant(epoch, core_job(job_id, attempt=1), Placement({"n1": (0,)}), 30.0) == 2
+    assert grant(scheduler, epoch, job_id, Placement({"n1": (0,)}), 1) == 2
     with pytest.raises(Fenced):
         write(store, job_id)
     after = row(database, job_id)
@@ -191,8 +191,8 @@ def test_a_step_computed_again_takes_the_place_of_its_row(
 ) -> None:
     store.record_steps(job_id, 1, [step(1), step(2, loss=9.0), step(2, loss=8.0)])
     scheduler.mark_recovering(epoch, job_id, 1, "lost")
-    scheduler.release(epoch, job_id, 1)
-    scheduler.grant(epoch, core_job(job_id, attempt=1), Placement({"n1": (0,)}), 30.0)
+    scheduler.release(epoch, [(job_id, 1)])
+    grant(scheduler, epoch, job_id, Placement({"n1": (0,)}), 1)
     store.record_steps(job_id, 2, [step(2, loss=7.0), step(3)])
     with database.platform() as session:
         rows = session.execute(select(Step.step, Step.attempt, Step.loss).order_by(Step.step)).all()
@@ -219,7 +219,7 @@ def test_the_assignment_has_all_that_an_attempt_needs(
         "hyperparams": {"lr": 0.5, "epochs": 2},
     }
     job_id = queued_job(database, **fields)
-    scheduler.grant(epoch, core_job(job_id), Placement({"n1": (1, 0)}), 30.0)
+    grant(scheduler, epoch, job_id, Placement({"n1": (1, 0)}))
     store.commit_checkpoint(job_id, 1, 4, "ck/4", {"w": "2"}, {})
     store.commit_checkpoint(job_id, 1, 10, "ck/10", {"w": "3"}, {})
     got: Assignment = store.assignment(job_id, 1)
@@ -242,7 +242,7 @@ def test_training_goes_on_from_a_tuned_version(
         session.execute(update(ModelVersion).values(kind=kind))
         version = session.scalar(select(ModelVersion.id))
     second = queued_job(database, parent_version_id=version)
-    scheduler.grant(epoch, core_job(second), Placement({"n1": (1,)}), 30.0)
+    grant(scheduler, epoch, second, Placement({"n1": (1,)}))
     got = store.assignment(second, 1)
     assert (got.base_model_prefix, got.adapter_prefix) == (base, adapter)
 
@@ -263,8 +263,8 @@ def test_the_running_time_is_added_up_over_attempts(
         with database.platform() as session:
             session.execute(update(Job).values(state_since=hour_ago))
         store.move(job_id, attempt, S.RECOVERING, reason="lost")
-        scheduler.release(epoch, job_id, attempt)
-        scheduler.grant(epoch, core_job(job_id, attempt=attempt), Placement({"n1": (0,)}), 30.0)
+        scheduler.release(epoch, [(job_id, attempt)])
+        grant(scheduler, epoch, job_id, Placement({"n1": (0,)}), attempt)
     assert 7190 < store.assignment(job_id, 3).ran_s < 7300
 
 
@@ -283,7 +283,7 @@ def test_the_last_wish_counts_when_a_pause_is_reached(
     assert store.move(job_id, 1, S.PAUSED, reason="paused on request")
     assert (row(database, job_id).state, row(database, job_id).wish) == (ends, "run")
     assert scheduler.rows().waiting == []  # its slots are not free yet
-    scheduler.release(epoch, job_id, 1)
+    scheduler.release(epoch, [(job_id, 1)])
     assert [job.id for job in scheduler.rows().waiting] == ([job_id] if ends == "queued" else [])
 
 

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from builders_db import core_job, granted_job, make_node, make_tenant, queued_job
+from builders_db import core_job, grant, granted_job, make_node, make_tenant, queued_job
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
@@ -17,9 +17,11 @@ from app.db.models import Job, Lease, LeaseSlot, Node
 from app.db.scheduler_store import SqlSchedulerStore, _check_epoch
 from app.db.session import Database
 from app.db.transitions import ask
-from cluster.core.job import JobState, Placement, Wish
+from cluster.core.events import Grant
+from cluster.core.job import JobState, Placement, TenantShare, Wish
 from cluster.core.job import Node as CoreNode
 from cluster.errors import Fenced, Unavailable
+from cluster.ports import NodeReport
 from trainers.run.ports import StepRow
 
 S = JobState
@@ -49,7 +51,7 @@ def held(database: Database) -> int:
 
 def lose(store: SqlSchedulerStore, epoch: int, job_id: str, attempt: int) -> None:
     assert store.mark_recovering(epoch, job_id, attempt, "node lost")
-    store.release(epoch, job_id, attempt)
+    store.release(epoch, [(job_id, attempt)])
 
 
 def wish(database: Database, job_id: str, wish: Wish) -> None:
@@ -83,9 +85,9 @@ def test_a_grant_takes_the_slots_and_a_release_gives_them_back(
 def test_a_slot_that_is_held_is_not_granted(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
     granted_job(database, store, epoch, slot=0)
     other = queued_job(database)
-    assert store.grant(epoch, core_job(other), Placement({"n0": (1,), "n1": (0, 1)}), 30.0) is None
+    assert grant(store, epoch, other, Placement({"n0": (1,), "n1": (0, 1)})) is None
     assert state(database, other) == "queued" and held(database) == 1
-    assert store.grant(epoch, core_job(other), Placement({"n1": (1,)}), 30.0) == 1
+    assert grant(store, epoch, other, Placement({"n1": (1,)})) == 1
 
 
 def test_only_a_waiting_job_is_granted(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
@@ -94,7 +96,7 @@ def test_only_a_waiting_job_is_granted(database: Database, store: SqlSchedulerSt
     assert state(database, gone) == "cancelled"
     stale = core_job(queued_job(database), attempt=5)
     for job in (core_job(gone), stale, core_job("ftjob-none")):
-        assert store.grant(epoch, job, HERE, 30.0) is None
+        assert store.grant(epoch, [Grant(job, HERE, job.shape)], 30.0) == {}
     assert held(database) == 0
 
 
@@ -102,9 +104,9 @@ def test_an_old_scheduler_changes_nothing(database: Database, store: SqlSchedule
     job_id, waiting = granted_job(database, store, epoch), queued_job(database)
     assert store.take_epoch() == epoch + 1
     for write in (
-        lambda: store.grant(epoch, core_job(waiting), Placement({"n1": (1,)}), 30.0),
+        lambda: grant(store, epoch, waiting, Placement({"n1": (1,)})),
         lambda: store.mark_recovering(epoch, job_id, 1, "x"),
-        lambda: store.release(epoch, job_id, 1),
+        lambda: store.release(epoch, [(job_id, 1)]),
         lambda: store.report_nodes(epoch, []),
     ):
         with pytest.raises(Fenced):
@@ -121,8 +123,8 @@ def test_a_job_whose_last_attempt_is_still_leaving_waits(
         session.execute(update(Job).values(state="queued"))
     rows = store.rows()
     assert rows.waiting == [] and [job.id for job in rows.active] == [job_id]
-    assert store.grant(epoch, core_job(job_id, attempt=1), Placement({"n1": (1,)}), 30.0) is None
-    store.release(epoch, job_id, 1)
+    assert grant(store, epoch, job_id, Placement({"n1": (1,)}), 1) is None
+    store.release(epoch, [(job_id, 1)])
     assert [job.id for job in store.rows().waiting] == [job_id]
 
 
@@ -137,7 +139,7 @@ def test_a_job_without_progress_is_given_up(database: Database, store: SqlSchedu
     lose(store, epoch, job_id, 1)
     (waiting,) = store.rows().waiting
     assert waiting.not_before > store.rows().now
-    assert store.grant(epoch, core_job(job_id, attempt=1), HERE, 30.0) == 2
+    assert grant(store, epoch, job_id, HERE, 1) == 2
     lose(store, epoch, job_id, 2)
     with database.platform() as session:
         job = session.get(Job, job_id)
@@ -157,7 +159,7 @@ def test_new_steps_count_as_progress_but_repeated_ones_do_not(
         driver.record_steps(job_id, attempt, [StepRow(number, 0.1, 1.0, 0.1, 0.1, 1, 0.1) for number in steps])
         lose(store, epoch, job_id, attempt)
         states.append(state(database, job_id))
-        store.grant(epoch, core_job(job_id, attempt=attempt), HERE, 30.0)
+        grant(store, epoch, job_id, HERE, attempt)
     assert states == ["queued", "queued", "queued", "failed"]
 
 
@@ -183,7 +185,7 @@ def test_marking_a_job_of_another_attempt_or_state_does_nothing(
 def test_nodes_are_reported_lost_and_found(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
     one, two = (CoreNode(name, "cpu", 2, 4.0, frozenset({"f"})) for name in ("one", "two"))
     for seen, lost in (([one, two], set()), ([two], {"one"}), ([one, two], set()), ([], {"one", "two"})):
-        store.report_nodes(epoch, seen)
+        store.report_nodes(epoch, [NodeReport(node) for node in seen])
         with database.platform() as session:
             assert set(session.scalars(select(Node.name).where(Node.lost_at.is_not(None)))) == lost
 
@@ -197,9 +199,9 @@ def test_waiting_ends_with_a_change_or_the_timeout(database: Database, store: Sq
     began = time.monotonic()
     store.wait_for_change(20.0)
     for change in (
-        lambda: store.grant(epoch, core_job(job_id), HERE, 30.0),
+        lambda: grant(store, epoch, job_id, HERE),
         lambda: wish(database, job_id, Wish.CANCEL),
-        lambda: store.release(epoch, job_id, 1),
+        lambda: store.release(epoch, [(job_id, 1)]),
     ):
         timer = threading.Timer(0.05, change)
         timer.start()
@@ -244,9 +246,9 @@ def test_no_slot_is_ever_held_twice(
         with database.platform() as session:
             attempt, now = session.execute(select(Job.attempt, Job.state).where(Job.id == jobs[which])).one()
         if now == S.QUEUED:
-            store.grant(epoch, core_job(jobs[which], attempt=attempt), Placement({"n1": tuple(sorted(slots))}), 30.0)
+            grant(store, epoch, jobs[which], Placement({"n1": tuple(sorted(slots))}), attempt)
         elif store.mark_recovering(epoch, jobs[which], attempt, "x"):
-            store.release(epoch, jobs[which], attempt)
+            store.release(epoch, [(jobs[which], attempt)])
         failures.extend(_contradictions(database))
 
     with ThreadPoolExecutor(6) as pool:
@@ -280,4 +282,6 @@ def test_a_tenants_slot_limit_reaches_the_scheduler(database: Database, store: S
     with database.platform() as session:
         make_tenant(session, "bounded", max_slots=3)
         make_tenant(session, "free")
-    assert store.rows().slot_limits == {"bounded": 3}
+    shares = store.rows().shares
+    assert shares is not None
+    assert shares.tenants == {"bounded": TenantShare("bounded", max_slots=3)}

@@ -68,6 +68,7 @@ def test_a_resumed_run_gives_the_numbers_of_the_undisturbed_one(
         assert resumed.of("finished")[0]["sha256"][name] == undisturbed.of("finished")[0]["sha256"][name]
 
 
+@pytest.mark.integration
 def test_two_ranks_resume_to_the_same_numbers(
     child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -93,7 +94,7 @@ def test_two_ranks_resume_full_training_with_masters(
     assert resumed == undisturbed[2:]
 
 
-@pytest.mark.parametrize("training_type", ["lora", "full"])
+@pytest.mark.parametrize("training_type", ["lora", pytest.param("full", marks=pytest.mark.integration)])
 def test_two_ranks_learn_what_one_does(
     training_type: str, child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:

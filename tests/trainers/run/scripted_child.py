@@ -8,7 +8,7 @@ from pathlib import Path
 from trainers.protocol import FD_VARIABLE, Channel
 
 STEPS = 6
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES = range(9)
+GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN = range(11)
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
     for step in range(first + 1, STEPS + 1):
         if does in (SLOW, HANGS):
             wait_for_stop(channel, out, does, step - 1)
+        if does in (OBEYS, STUBBORN):
+            obey(channel, out, does, step - 1)
         say_step(channel, step)
         if does == DIES and step == 3:
             os.kill(os.getpid(), 9)
@@ -66,6 +68,32 @@ def wait_for_stop(channel: Channel, out: Path, does: int, step: int) -> None:
             folder = write(out / "checkpoints" / "step-stop", {"step": str(step)}, does)
             channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
             channel.send("ack", id=message["id"], command="stop", state="finished", step=step)
+
+
+def obey(channel: Channel, out: Path, does: int, step: int) -> None:
+    """A step takes as long as the file `slow` lies in the output's grandparent. OBEYS: parks, resumes and stops in between;
+    STUBBORN: parks never."""
+    parked = False
+    while parked or (out.parents[3] / "slow").exists():
+        try:
+            message = channel.receive(0.02)
+        except TimeoutError:
+            continue
+        if message is None:
+            os._exit(1)
+        if message["type"] != "command":
+            continue
+        command = message["command"]
+        if command == "park" and does == STUBBORN:
+            continue
+        if command == "stop":
+            folder = write(out / "checkpoints" / "step-stop", {"step": str(step)}, does)
+            channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
+        parked = command == "park"
+        state = "finished" if command == "stop" else "parked" if parked else "training"
+        channel.send("ack", id=message["id"], command=command, state=state, step=step)
+        if command == "stop":
+            wait_for_end(channel)
 
 
 def write(folder: Path, files: dict[str, str], does: int) -> Path:

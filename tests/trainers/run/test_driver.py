@@ -274,4 +274,4 @@ def test_the_lease_is_renewed_all_along(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("intent", list(Intent))
 def test_what_is_stopped_on_purpose_is_not_recovered_from(intent: Intent) -> None:
-    assert outcome_of(intent).state in (JobState.CANCELLED, JobState.PAUSED, JobState.FAILED)
+    assert outcome_of(intent).state in (JobState.CANCELLED, JobState.PAUSED, JobState.FAILED, JobState.SUSPENDED)

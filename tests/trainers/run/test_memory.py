@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import ResourceError
 from trainers.run.architectures import read_shape
-from trainers.run.memory import GIB, Ask, Offer, Training, choose_shape, estimate, rule_gb
+from trainers.run.memory import GIB, PROCESS_GB, Ask, Offer, Training, choose_shape, choose_shapes, estimate, rule_gb
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",
@@ -140,6 +140,38 @@ def test_a_model_too_large_for_one_slot_is_sharded() -> None:
 def test_asked_slots_are_not_changed() -> None:
     shape, _ = choose_shape(LLAMA_7B, Training(), Ask(slots=4), [A100_80])
     assert shape.slots == 4
+
+
+def test_other_kinds_are_alternatives_with_as_many_slots_as_they_need() -> None:
+    training = Training(training_type="full", zero_stage=3, seq_len=256)
+    small = Offer("A10G", 24.0, 8)
+    options = choose_shapes(LLAMA_7B, training, Ask(), [small, A100_40, A100_80])
+    assert [(shape.slots, shape.kinds) for shape, _ in options] == [
+        (2, ("A100-80GB",)),
+        (4, ("A100-40GB",)),
+        (8, ("A10G",)),
+    ]
+    for shape, made in options:
+        assert (shape.slots, shape.memory_gb) == (made.slots, made.total_gb)
+        assert shape.memory_gb < shape.park_gb < 130, (
+            "weights, gradients, optimizer of all its ranks: 16 bytes a parameter"
+        )
+
+
+def test_a_list_of_kinds_is_tried_in_its_order() -> None:
+    small = Offer("A10G", 24.0, 8)
+    training = Training(training_type="full", zero_stage=3, seq_len=256)
+    options = choose_shapes(LLAMA_7B, training, Ask(kinds=("A10G", "A100")), [small, A100_80, A100_40])
+    assert [(shape.slots, shape.kinds) for shape, _ in options] == [
+        (8, ("A10G",)),
+        (2, ("A100-80GB",)),
+        (4, ("A100-40GB",)),
+    ]
+
+
+def test_on_cpu_a_parked_job_keeps_all_of_its_memory() -> None:
+    shape, made = choose_shape(SMOLLM2, Training(on_cpu=True), Ask(slots=2), [Offer("cpu", 8.0, 4)])
+    assert shape.park_gb == pytest.approx(2 * (made.total_gb + PROCESS_GB), abs=0.01)
 
 
 def test_an_unknown_architecture_goes_by_the_rule() -> None:

@@ -14,7 +14,10 @@ from trainers.run.parts import DriverParts, DriverSettings
 
 ROOT_VARIABLE = "HELIOSTAT_TEST_ROOT"
 NAMESPACE = "heliostat"
-METHODS = ("assignment", "heartbeat", "move", "event", "record_steps", "commit_checkpoint", "finish")
+METHODS = (
+    *("assignment", "heartbeat", "allowance", "move", "park"),
+    *("event", "record_steps", "commit_checkpoint", "finish"),
+)
 
 
 def objects_url() -> str:
