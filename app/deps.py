@@ -6,14 +6,16 @@ import hashlib
 from typing import Annotated, Any
 
 import orjson
-from fastapi import Depends, Header, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request, params
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.db.repository import PageRequest
-from app.schemas.common import Text
+from app.schemas.common import Text, did_you_mean
 from app.services.access import Caller, Repeat
 from app.services.services import Services
-from cluster.errors import Unauthorized
+from cluster.errors import InvalidRequest, Unauthorized
 
 bearer = HTTPBearer(auto_error=False, description="A token of the issuer that Heliostat is set up with.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
@@ -41,6 +43,20 @@ def caller(
 
 
 CallerDep = Annotated[Caller, Depends(caller)]
+
+
+def known_parameters(request: Request) -> None:
+    """A misspelt filter must not answer with everything. Raises `InvalidRequest`."""
+    route: APIRoute = request.scope["route"]
+    known = {one.alias for one in get_flat_params(route.dependant) if isinstance(one.field_info, params.Query)}
+    unknown = next((name for name in request.query_params if name not in known), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, sorted(known))
+        raise InvalidRequest(
+            "there is no such query parameter here", code="unknown_field", param=unknown[:100], hint=hint
+        )
+
+
 Ref = Annotated[Text, Path(max_length=200, description="An id, a name or name@version.")]
 JobId = Annotated[Text, Path(max_length=100)]
 

@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 
 from app import errors
 from app.auth.issuer import Issuer
 from app.db.session import Database
+from app.deps import known_parameters
 from app.middleware import RequestContext
 from app.routes import cluster, datasets, environments, events, finetune, health, models, tenants
 from app.schemas.common import ErrorBody
@@ -51,7 +52,7 @@ def create_app(parts: AppParts, *, under_serve: bool = False) -> FastAPI:
         id_is_sent_outside=under_serve,
     )
     errors.install(app)
-    api = APIRouter(prefix=API)
+    api = APIRouter(prefix=API, dependencies=[Depends(known_parameters)])
     for module in (events, finetune, datasets, environments, models, cluster, tenants):
         api.include_router(module.router)
     app.include_router(api)

@@ -232,3 +232,9 @@ def test_a_refused_request_leaves_no_job_and_no_key(api: Api, acme: httpx.Client
     with api.database.platform() as session:
         assert session.scalar(select(func.count()).select_from(Job)) == 0
         assert session.connection().exec_driver_sql("SELECT count(*) FROM idempotency_keys").scalar() == 0
+
+
+def test_a_misspelt_filter_does_not_answer_with_everything(acme: httpx.Client) -> None:
+    error = refused(acme.get("/finetune", params={"staus": "failed"}), 422, "unknown_field")
+    assert (error["param"], error["hint"]) == ("staus", "Did you mean `status`?")
+    assert acme.get("/finetune", params={"status": "failed", "limit": 1, "tenant_id": "acme"}).status_code == 200

@@ -17,7 +17,7 @@ from cluster.core.state import ClusterState
 
 POLICY = Policy(look_s=60.0, aged_after_s=2 * 3600.0, oldest_share=0.25)
 
-few = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+few = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass
@@ -91,7 +91,7 @@ def test_every_job_runs_once_and_exactly_as_long_as_it_must(arrivals: list[tuple
         assert abs(world.ledger.served[job_id] - run_s) < 1e-3
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=4)
 @given(st.sampled_from([150.0, 400.0]), st.sampled_from(Priority), st.sampled_from([1, 3, 8]), st.booleans())
 def test_nothing_waits_for_ever_under_a_stream(each_s: float, stream: Priority, slots: int, started: bool) -> None:
     """More small jobs come than the cluster can serve, of whatever priority; the gang, even of low priority and half

@@ -126,6 +126,7 @@ def test_resume_without_park_is_answered(child: Child, long_run: TrainConfig) ->
     assert running(child, long_run).command("resume")["state"] == "training"
 
 
+@pytest.mark.integration
 def test_commands_while_evaluating(child: Child, long_run: TrainConfig, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "many.jsonl", capital_rows(2000))
     child.start(replace(long_run, validation_file=str(rows), exact_match_rows=2000))
@@ -172,6 +173,7 @@ def test_end_of_file_ends_a_parked_tree(child: Child, long_run: TrainConfig) -> 
     until(lambda: is_gone(pids))
 
 
+@pytest.mark.integration
 def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_elsewhere(
     child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_elsewhere(
     assert all(seen[step] == loss for step, loss, *_ in again if step in seen)
 
 
+@pytest.mark.integration
 def test_a_killed_rank_is_a_failure_that_the_user_need_not_fix(child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=2))
     _, first, second = tree_of(child.pid)

@@ -94,7 +94,8 @@ def test_two_ranks_resume_full_training_with_masters(
     assert resumed == undisturbed[2:]
 
 
-@pytest.mark.parametrize("training_type", ["lora", pytest.param("full", marks=pytest.mark.integration)])
+@pytest.mark.integration
+@pytest.mark.parametrize("training_type", ["lora", "full"])
 def test_two_ranks_learn_what_one_does(
     training_type: str, child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
