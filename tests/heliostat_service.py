@@ -196,7 +196,7 @@ def events(client: httpx.Client, job_id: str) -> list[Row]:
     found: list[Row] = []
     while True:
         after = f"&after={found[-1]['id']}" if found else ""
-        page = client.get(f"/finetune/{job_id}/events?limit=100&order=asc{after}").json()
+        page = client.get(f"/finetune/{job_id}/events?limit=100{after}").json()
         found += page["data"]
         if not page["has_more"]:
             return found
