@@ -18,6 +18,7 @@ from waiting import until
 
 from trainers.config import TrainConfig
 
+pytestmark = pytest.mark.integration
 LONG = 100_000
 
 
@@ -80,7 +81,7 @@ def test_a_checkpoint_on_command_is_of_the_step_that_is_done(child: Child, long_
     assert written["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_stop_leaves_a_checkpoint_that_goes_on_as_if_nothing_was(
     world_size: int, child: Child, second_child: Child, long_run: TrainConfig, tmp_path: Path
 ) -> None:
@@ -96,7 +97,7 @@ def test_stop_leaves_a_checkpoint_that_goes_on_as_if_nothing_was(
     assert second_child.steps[0]["step"] == stopped_at + 1
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_parked_means_no_step_until_resumed_and_changes_no_number(
     world_size: int, child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -126,7 +127,6 @@ def test_resume_without_park_is_answered(child: Child, long_run: TrainConfig) ->
     assert running(child, long_run).command("resume")["state"] == "training"
 
 
-@pytest.mark.integration
 def test_commands_while_evaluating(child: Child, long_run: TrainConfig, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "many.jsonl", capital_rows(2000))
     child.start(replace(long_run, validation_file=str(rows), exact_match_rows=2000))
@@ -156,7 +156,7 @@ def test_commands_are_answered_to_the_end_and_after(
     assert child.command("park", 2000)["state"] == "finished"
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_end_of_file_ends_the_whole_tree(world_size: int, child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=world_size))
     pids = tree_of(child.pid)
@@ -165,7 +165,6 @@ def test_end_of_file_ends_the_whole_tree(world_size: int, child: Child, long_run
     until(lambda: is_gone(pids))
 
 
-@pytest.mark.integration
 def test_end_of_file_ends_a_parked_tree(child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=2)).command("park")
     pids = tree_of(child.pid)
@@ -173,7 +172,6 @@ def test_end_of_file_ends_a_parked_tree(child: Child, long_run: TrainConfig) -> 
     until(lambda: is_gone(pids))
 
 
-@pytest.mark.integration
 def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_elsewhere(
     child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +191,6 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_run_goes_on_elsewhere(
     assert all(seen[step] == loss for step, loss, *_ in again if step in seen)
 
 
-@pytest.mark.integration
 def test_a_killed_rank_is_a_failure_that_the_user_need_not_fix(child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=2))
     _, first, second = tree_of(child.pid)
@@ -238,7 +235,6 @@ def lines_of(command: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.integration
 def test_main_trains_without_a_cluster(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", max_steps=3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -259,7 +255,6 @@ def test_main_is_a_rank_under_torchrun(child: Child, tiny_llama: Path, capitals:
     assert numbers(steps) == numbers(child.run(replace(config, output_dir=str(tmp_path / "2"))))
 
 
-@pytest.mark.integration
 def test_the_child_has_no_other_house_code_loaded(_zygote: Zygote) -> None:
     program = (
         "import sys, trainers.child.launcher as l; l._versions();"
