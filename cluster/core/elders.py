@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
@@ -14,8 +14,7 @@ LOOKED_AT = 4096
 """Jobs that their tenant's limit keeps out do not count; past so many of them one looks no further."""
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     born: float
     slots: int
     tenant: str

@@ -195,8 +195,8 @@ class Facts:
             self.drop(holding)
             self._elders.remove(holding.job.id)
 
-    def put(self, holding: Holding) -> None:
-        """Raises `SlotConflict`. `drop` undoes it."""
+    def put(self, holding: Holding, tried: bool = False) -> None:
+        """Raises `SlotConflict`. `drop` undoes it. `tried`: a grant that is only tried out, whom nobody displaces yet."""
         key, job = holding.key, holding.job
         if not holding.parked:
             slots = masks(holding.placement)
@@ -213,7 +213,8 @@ class Facts:
             self.parked[key] = holding
         else:
             self._count(holding, holding.placement.slots)
-        self._put_runner(holding)
+        if not tried:
+            self._put_runner(holding)
 
     def drop(self, holding: Holding) -> None:
         key, job = holding.key, holding.job
@@ -299,8 +300,11 @@ class Facts:
     def _check_mode(self, tenant: str) -> None:
         """Which of a tenant's runners are its own, and whether its urgent ones are within its allowance: when that
         changes, so do their ranks."""
-        before = self._modes.get(tenant, (frozenset(), True))
-        account = self.ledger.account(tenant)
+        account, before = self.ledger.account(tenant), self._modes.get(tenant)
+        if before is None:
+            if not (account.share.guaranteed_slots or account.urgent):
+                return
+            before = frozenset(), True
         own = self._own(tenant) if account.share.guaranteed_slots else frozenset()
         within = account.urgent == 0 or self.ledger.urgent_within(tenant)
         self._modes[tenant] = (own, within)

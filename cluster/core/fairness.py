@@ -43,6 +43,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self.capacity = 0
         self._urgent = 0  # in all, of each tenant no more than its allowance
+        self._with_urgent: set[str] = set()
 
     def account(self, tenant: str) -> Account:
         found = self._accounts.get(tenant)
@@ -58,7 +59,7 @@ class Ledger:
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
-        self._urgent = sum(self._counted(account) for account in self._accounts.values())
+        self._urgent = sum(self._counted(self._accounts[name]) for name in self._with_urgent)
 
     def hold(self, tenant: str, slots: int, urgent: bool) -> None:
         """Negative `slots`: it lets go of them."""
@@ -68,6 +69,7 @@ class Ledger:
             self._urgent -= self._counted(account)
             account.urgent += slots
             self._urgent += self._counted(account)
+            self._with_urgent.add(tenant) if account.urgent else self._with_urgent.discard(tenant)
 
     def urgent_allowance(self, account: Account) -> int:
         own = account.share.urgent_slots

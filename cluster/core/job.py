@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 
 class JobState(StrEnum):
@@ -113,7 +114,7 @@ class Job:
     yields: bool = True
     """Whether it may be told to give way; False: it holds its slots to its end, unless its node goes."""
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         return (self.shape, *self.alternatives)
 
@@ -162,6 +163,6 @@ class Placement:
 
     nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         return sum(len(slots) for slots in self.nodes.values())

@@ -11,10 +11,11 @@ from cluster.core.order import Turn
 
 @dataclass(frozen=True)
 class Failure:
-    """`gains`: of its pools, when `turn` got nothing. `trail`: what those before it in the round were promised."""
+    """`gains`: of each of its options, when `turn` got nothing. `trail`: what those before it in the round were
+    promised."""
 
     turn: Turn
-    gains: int
+    gains: tuple[int, ...]
     trail: int
     since: float
     until: float
@@ -51,11 +52,11 @@ class Memory:
     def failed(self, lines: Hashable, failure: Failure) -> None:
         self._failures[lines] = failure
 
-    def fails_again(self, lines: Hashable, now: Failure) -> bool:
+    def worth_trying(self, lines: Hashable, now: Failure) -> list[int]:
+        """Which of the options, by number: where something was gained since they failed, or all."""
         before = self._failures.get(lines)
-        return (
-            before is not None
-            and before.turn <= now.turn
-            and (before.gains, before.trail) == (now.gains, now.trail)
-            and before.since <= now.since < before.until
-        )
+        if before is None or before.turn > now.turn or before.trail != now.trail:
+            return list(range(len(now.gains)))
+        if not before.since <= now.since < before.until:
+            return list(range(len(now.gains)))
+        return [at for at, (then, gains) in enumerate(zip(before.gains, now.gains, strict=True)) if then != gains]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-
-from sortedcontainers import SortedList
+from itertools import islice
 
 from cluster.core.job import Job, Node, Placement, Shape
 from cluster.core.kinds import memory_gb
@@ -69,32 +68,31 @@ class Pool:
         self.nodes: dict[str, Node] = {}
         self.memory_gb = 0.0
         self._slots: tuple[Slots, Slots] = ({}, {})
-        self._by_count: tuple[list[SortedList], list[SortedList]] = (self._buckets(), self._buckets())
+        self._names: list[str] | None = None  # in order; None: to be sorted again
+        self._at: dict[str, int] = {}
+        self._by_count: tuple[list[int], list[int]] = ([], [])  # for each count, which of the names, as bits
         self._most = [0, 0]
         self.gains = 0
         """Goes up whenever more slots could be had."""
         self._with_model: dict[str, set[str]] = {}
         self._with_environment: dict[str, set[str]] = {}
 
-    def _buckets(self) -> list[SortedList]:
-        return [SortedList() for _ in range(self.size + 1)]
-
     # Nodes --------------------------------------------------------------------------------------------------------
 
     def add(self, node: Node) -> None:
         self.nodes[node.name] = node
         self.memory_gb = min(one.memory_gb for one in self.nodes.values()) if len(self.nodes) > 1 else node.memory_gb
-        for soon in (False, True):
-            self._slots[soon][node.name] = 0
-            self._by_count[soon][0].add(node.name)
+        for slots in self._slots:
+            slots[node.name] = 0
+        self._names = None
         self._cache(node, True)
 
     def discard(self, name: str) -> None:
         node = self.nodes.pop(name)
         self.memory_gb = min((one.memory_gb for one in self.nodes.values()), default=0.0)
-        for soon in (False, True):
-            self._by_count[soon][self._slots[soon].pop(name).bit_count()].remove(name)
-            self._most[soon] = self._find_most(soon)
+        for slots in self._slots:
+            del slots[name]
+        self._names = None
         self._cache(node, False)
 
     def _cache(self, node: Node, there: bool) -> None:
@@ -111,19 +109,40 @@ class Pool:
             slots = self._slots[which]
             before, after = slots[name].bit_count(), mask.bit_count()
             slots[name] = mask
-            if before != after:
-                buckets = self._by_count[which]
-                buckets[before].remove(name)
-                buckets[after].add(name)
-                self.gains += after > before
+            self.gains += after > before
+            if before != after and self._names is not None:
+                buckets, bit = self._by_count[which], 1 << self._at[name]
+                buckets[before] ^= bit
+                buckets[after] |= bit
                 if after > self._most[which] or (before == self._most[which] and not buckets[before]):
                     self._most[which] = self._find_most(which)
 
     def mask(self, name: str, soon: bool = False) -> int:
         return self._slots[soon][name]
 
+    def _counted(self, soon: bool) -> list[int]:
+        if self._names is None:
+            self._names = sorted(self.nodes)
+            self._at = {name: at for at, name in enumerate(self._names)}
+            for which in (0, 1):
+                buckets = self._by_count[which]
+                buckets[:] = [0] * (self.size + 1)
+                for name, mask in self._slots[which].items():
+                    buckets[mask.bit_count()] |= 1 << self._at[name]
+                self._most[which] = self._find_most(which)
+        return self._by_count[soon]
+
+    def _of_count(self, count: int, soon: bool) -> Iterator[str]:
+        """In the order of their names."""
+        left = self._counted(soon)[count]
+        while left and self._names is not None:
+            bit = left & -left
+            yield self._names[bit.bit_length() - 1]
+            left ^= bit
+
     def most(self, soon: bool = False) -> int:
         """The most free slots on one node."""
+        self._counted(soon)
         return self._most[soon]
 
     def _find_most(self, which: int) -> int:
@@ -144,7 +163,7 @@ class Pool:
         """The whole gang, or nothing: there is no such thing as a part of a gang. Whole nodes, and the rest on the
         fullest node that has room. With `soon`, slots that are coming free count, free ones are taken first."""
         whole, rest = divmod(slots, self.size)
-        if self._most[soon] < (rest or self.size):
+        if self.most(soon) < (rest or self.size):
             return None
         names = self._whole(whole, job, soon) if whole else []
         if names is None:
@@ -164,12 +183,12 @@ class Pool:
         return free | lowest(self._slots[1][name] & ~free, count - free.bit_count())
 
     def _whole(self, count: int, job: Job, soon: bool) -> list[str] | None:
-        bucket = self._by_count[soon][self.size]
-        if len(bucket) < count:
+        if self._counted(soon)[self.size].bit_count() < count:
             return None
+        names = self._of_count(self.size, soon)
         if not (job.model or job.environment):
-            return list(bucket[:count])
-        return sorted(bucket, key=lambda name: (-self.affinity(name, job), name))[:count]
+            return list(islice(names, count))
+        return sorted(names, key=lambda name: (-self.affinity(name, job), name))[:count]
 
     def best(self, at_least: int, job: Job, soon: bool, without: Iterable[str] = ()) -> str | None:
         """Of the nodes with room: one that has the job's model and environment, else the fullest."""
@@ -180,8 +199,8 @@ class Pool:
         return next(self._fullest(at_least, soon, without), None)
 
     def _fullest(self, at_least: int, soon: bool, without: Iterable[str]) -> Iterator[str]:
-        buckets = self._by_count[soon]
-        return (name for count in range(at_least, self.size + 1) for name in buckets[count] if name not in without)
+        counts = range(at_least, self.most(soon) + 1)
+        return (name for count in counts for name in self._of_count(count, soon) if name not in without)
 
     def _best_of(self, liked: set[str], at_least: int, soon: bool, without: Iterable[str]) -> str | None:
         if len(liked) > MANY:
@@ -208,5 +227,5 @@ class Pool:
 
     def closest(self, slots: int) -> list[str]:
         """The nodes that lack the fewest slots for the gang."""
-        ranked = (name for count in range(self.size, -1, -1) for name in self._by_count[1][count])
-        return [name for name, _ in zip(ranked, range(self.span(slots)), strict=False)]
+        ranked = (name for count in range(self.size, -1, -1) for name in self._of_count(count, True))
+        return list(islice(ranked, self.span(slots)))

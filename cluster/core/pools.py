@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.core.job import Job, Node, Shape
 from cluster.core.kinds import CPU, matches
@@ -20,6 +21,13 @@ class Requirement:
     shapes: tuple[tuple[int, float, tuple[str, ...], int], ...]
     region: str
     market: str
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shapes, self.region, self.market))
 
 
 def requirement_of(job: Job) -> Requirement:

@@ -20,8 +20,20 @@ from cluster.core.pools import Option, Requirement, requirement_of
 AT_HOME = 3
 """So many jobs of each class that wait for a node's model are looked at before it takes one that would have to move."""
 
+RANKED_AS: dict[Rank, tuple[Rank, ...]] = {
+    Rank.URGENT: (Rank.URGENT,),
+    **dict.fromkeys((Rank.OWED_HIGH, Rank.HIGH), (Rank.URGENT, Rank.HIGH)),
+    **dict.fromkeys((Rank.OWED_NORMAL, Rank.NORMAL), (Rank.NORMAL,)),
+    **dict.fromkeys((Rank.OWED_LOW, Rank.LOW), (Rank.LOW,)),
+    Rank.AGED: (),
+    Rank.ELDER: (),
+}
+"""The classes whose jobs may have a rank."""
+
 Entry = tuple[float, float, str]
 """Index, waiting since, id."""
+Sizes = tuple[int, int]
+"""Slots of a line's first shape, and of its smallest."""
 Name = tuple[str, Rank]
 """Of a queue in its line: tenant and class."""
 
@@ -42,10 +54,11 @@ class Line:
     """Whether its jobs were taken as ones that could run."""
     signature: int = -1
     """Lines of one signature have the same options."""
+    head: Turn | None = None
 
     @property
-    def head(self) -> Turn | None:
-        return self.heads[0][0] if self.heads else None
+    def sizes(self) -> Sizes:
+        return self.slots, self.least
 
 
 @dataclass
@@ -64,7 +77,7 @@ class Waiting:
         self._policy = policy
         self._places: dict[str, Place] = {}
         self._lines: dict[Requirement, Line] = {}
-        self._of_tenant: dict[str, set[tuple[Requirement, Rank]]] = defaultdict(set)
+        self._of_tenant: defaultdict[str, dict[Sizes, set[tuple[Requirement, Rank]]]] = defaultdict(dict)
         self._urgent: set[tuple[Requirement, Name]] = set()
         self._of_model: defaultdict[tuple[str, Rank], SortedList] = defaultdict(SortedList)  # entries
         self._seen: dict[str, tuple[float, float]] = {}  # tenant → room, what is left of its guarantee
@@ -95,25 +108,30 @@ class Waiting:
 
     def put(self, job: Job, rank: Rank) -> None:
         self.remove(job.id)
-        line, name = self._line(job), (job.tenant, rank)
+        self.put_back(Place(job, self._line(job), (job.tenant, rank), self._entry(job, rank)))
+
+    def put_back(self, place: Place) -> None:
+        """What `remove` gave."""
+        line, name, entry = place.line, place.name, place.entry
         queue = line.queues.get(name)
         if queue is None:
             queue = line.queues[name] = SortedList()
-            self._of_tenant[job.tenant].add((line.requirement, rank))
-            if rank == Rank.URGENT:
+            self._lines[line.requirement] = line
+            self._of_tenant[name[0]].setdefault(line.sizes, set()).add((line.requirement, name[1]))
+            if name[1] == Rank.URGENT:
                 self._urgent.add((line.requirement, name))
-        entry = self._entry(job, rank)
         queue.add(entry)
-        if job.model:
-            self._of_model[job.model, rank].add(entry)
-        self._places[job.id] = Place(job, line, name, entry)
+        if place.job.model:
+            self._of_model[place.job.model, name[1]].add(entry)
+        self._places[place.job.id] = place
         if queue[0] is entry:
             self._refresh(line, name)
 
-    def remove(self, job_id: str) -> None:
+    def remove(self, job_id: str) -> Place | None:
+        """None: it did not wait."""
         place = self._places.pop(job_id, None)
         if place is None:
-            return
+            return None
         line, name = place.line, place.name
         if place.job.model:
             self._of_model[place.job.model, name[1]].remove(place.entry)
@@ -124,10 +142,14 @@ class Waiting:
             self._refresh(line, name)
         if not queue:
             self._close(line, name)
+        return place
 
     def _close(self, line: Line, name: Name) -> None:
         del line.queues[name]
-        self._of_tenant[name[0]].discard((line.requirement, name[1]))
+        sizes = self._of_tenant[name[0]]
+        sizes[line.sizes].discard((line.requirement, name[1]))
+        if not sizes[line.sizes]:
+            del sizes[line.sizes]
         self._urgent.discard((line.requirement, name))
         if not line.queues:
             del self._lines[line.requirement]
@@ -137,7 +159,7 @@ class Waiting:
         line = self._lines.get(wanted)
         if line is None:
             least = min(shape.slots for shape in job.shapes)
-            line = self._lines[wanted] = Line(wanted, job.shape.slots, least)
+            line = Line(wanted, job.shape.slots, least)
         return line
 
     def _entry(self, job: Job, rank: Rank) -> Entry:
@@ -169,15 +191,20 @@ class Waiting:
             turn = (self.rank(name[0], line.slots, name[1]), *queue[0])
             line.turns[name] = turn
             line.heads.add((turn, name))
+        line.head = line.heads[0][0] if line.heads else None
 
-    def at_home(self, models: Iterable[str]) -> list[Job]:
-        """The first of each class that wait for a model that is there."""
+    def at_home(self, models: Iterable[str], rank: Rank, within: float) -> list[tuple[Turn, Job]]:
+        """Of those that wait for a model that is there, the first that are of this rank with an index so small."""
         found = []
-        for model in sorted(models):
-            for rank in (Rank.URGENT, Rank.HIGH, Rank.NORMAL, Rank.LOW):
-                entries = self._of_model.get((model, rank), ())
-                found += [self._places[job_id].job for _, _, job_id in islice(entries, AT_HOME)]
-        return found
+        for model in models:
+            for of in RANKED_AS[rank]:
+                for entry in islice(self._of_model.get((model, of), ()), AT_HOME):
+                    if entry[0] > within:
+                        break
+                    turn = self.turn(entry[2])
+                    if turn[0] == rank:
+                        found.append((turn, self._places[entry[2]].job))
+        return sorted(found, key=lambda one: one[0])
 
     def tenant_changed(self, tenant: str, always: bool = False) -> None:
         """It holds more or less than before; `always`: or is entitled to other things. Only for gangs of sizes that
@@ -188,20 +215,24 @@ class Waiting:
         now = (math.inf if account.room is None else account.room, account.share.guaranteed_slots - account.held)
         before = self._seen.get(tenant, (math.inf, -math.inf))
         self._seen[tenant] = now
-        for requirement, rank in self._of_tenant[tenant]:
-            line = self._lines[requirement]
-            limit = min(before[0], now[0]) < line.least <= max(before[0], now[0])
-            guarantee = min(before[1], now[1]) < line.slots <= max(before[1], now[1])
+        for (slots, least), queues in self._of_tenant[tenant].items():
+            limit = min(before[0], now[0]) < least <= max(before[0], now[0])
+            guarantee = min(before[1], now[1]) < slots <= max(before[1], now[1])
             if always or limit or guarantee:
-                self._refresh(line, (tenant, rank))
+                for requirement, rank in queues:
+                    self._refresh(self._lines[requirement], (tenant, rank))
 
     def urgent_changed(self) -> None:
         for requirement, name in self._urgent:
-            self._refresh(self._lines[requirement], name)
+            line = self._lines[requirement]
+            turn = line.turns.get(name)
+            if turn is not None and turn[0] != self.rank(name[0], line.slots, Rank.URGENT):
+                self._refresh(line, name)
 
     def reweigh(self, tenant: str) -> None:
         """Its weight is another one."""
-        for requirement, rank in list(self._of_tenant[tenant]):
+        queues = [queue for queues in self._of_tenant[tenant].values() for queue in queues]
+        for requirement, rank in queues:
             for _, _, job_id in list(self._lines[requirement].queues[tenant, rank]):
                 self.put(self._places[job_id].job, rank)
 

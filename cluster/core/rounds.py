@@ -93,14 +93,17 @@ class Round:
         options = facts.options(line)
         if not options or line.signature in self._hopeless:
             return False
-        failure = self._failure(turn, options)
-        if facts.memory.fails_again(line.signature, failure):
+        gains = tuple(self._gained[id(pool)] for _, pool in options)
+        failure = Failure(turn, gains, self._trail, self._now, math.inf)
+        promising = facts.memory.worth_trying(line.signature, failure)
+        if not promising:
             self._hopeless.add(line.signature)
             return False
         job = facts.waiting.job(turn[3])
         account = facts.ledger.account(job.tenant)
         able = options if account.room is None else [one for one in options if account.admits(one[0].slots)]
-        if self._start(job, able) or self._await(job, able) or self._displace(job, able):
+        tried = [options[at] for at in promising if account.admits(options[at][0].slots)]
+        if self._start(job, tried) or self._await(job, tried) or self._displace(job, tried):
             return True
         kept = self._keep_for(job, able)
         if len(able) < len(options):
@@ -112,10 +115,6 @@ class Round:
             until = begins if begins > self._now else math.inf
             facts.memory.failed(line.signature, replace(failure, until=until))
         return False
-
-    def _failure(self, turn: Turn, options: list[Option]) -> Failure:
-        gains = sum(self._gained[id(pool)] for _, pool in options)
-        return Failure(turn, gains, self._trail, self._now, math.inf)
 
     def _start(self, job: Job, options: list[Option]) -> bool:
         for shape, pool in options:
@@ -132,12 +131,10 @@ class Round:
         if not models or job.model in models or self._now - job.queued_at >= policy.reserve_after_s:
             return None
         rank, deserves = facts.waiting.turn(job.id)[:2]
-        for own in sorted(facts.waiting.at_home(models), key=lambda one: facts.waiting.turn(one.id)):
-            turn = facts.waiting.turn(own.id)
-            if turn[0] == rank and turn[1] <= deserves * policy.steal_margin:
-                slots = self._fits_on(own, pool, name)
-                if slots is not None:
-                    return own, *slots
+        for _, own in facts.waiting.at_home(models, Rank(rank), deserves * policy.steal_margin):
+            slots = self._fits_on(own, pool, name)
+            if slots is not None:
+                return own, *slots
         return None
 
     def _fits_on(self, job: Job, pool: Pool, name: str) -> tuple[Shape, Slots] | None:
@@ -309,29 +306,26 @@ class Round:
         asked = next(one for one in job.shapes if replace(one, park_gb=0.0) == shape)
         self._made.append(Grant(job, placement, asked))
         self.outcome.granted.add(job.id)
-        rank = facts.waiting.class_of(job.id)
         holding = Holding(job, job.attempt + 1, placement, self._now)
-        facts.waiting.remove(job.id)
-        facts.put(holding)
-        self._undo += [lambda: facts.waiting.put(job, rank), lambda: facts.drop(holding)]
+        self._leave_line(job)
+        facts.put(holding, tried=True)
+        self._undo.append(lambda: facts.drop(holding))
+
+    def _leave_line(self, job: Job) -> None:
+        place = self._facts.waiting.remove(job.id)
+        if place is not None:
+            self._undo.append(lambda: self._facts.waiting.put_back(place))
 
     def _claim(self, job: Job, slots: Slots) -> None:
         """Slots that come free are promised to it: nobody behind may have them, and no further victim is needed."""
         facts = self._facts
         self.outcome.promised.add(job.id)
         self._trail = hash((self._trail, job.id, tuple(slots.items())))
-        rank = facts.waiting.class_of(job.id) if job.id in facts.waiting else None
-        facts.waiting.remove(job.id)
+        self._leave_line(job)
         self._take(slots)
         count = sum(mask.bit_count() for mask in slots.values())
         facts.count(job, count)
-
-        def undo() -> None:
-            facts.count(job, -count)
-            if rank is not None:
-                facts.waiting.put(job, rank)
-
-        self._undo.append(undo)
+        self._undo.append(lambda: facts.count(job, -count))
 
     def _take(self, slots: Slots) -> None:
         pools = self._facts.pools

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.core.events import How
 from cluster.core.job import Job, Placement, Shape
@@ -22,7 +23,7 @@ class Holding:
     yielding: How | None = None
     parked: bool = False
 
-    @property
+    @cached_property
     def key(self) -> Attempt:
         return self.job.id, self.attempt
 

@@ -56,13 +56,18 @@ class Prices:
         """… that n + 1 slots come free, the cheapest holders first: no less than this."""
         self.reach = np.full(rows, -1.0)
         """Slots that could be had, with those that are open."""
+        self._can = np.zeros(rows)  # slots of those who could
         self.stale: set[int] | None = None
-        """None: all rows."""
+        """Rows of other runners; None: all."""
+        self.reopened: set[int] = set()
+        """Rows of the same runners with more or fewer open slots."""
         self.most = -1.0
         self.whole = 0
         """The most slots that could be had of one node, and how many nodes could be had whole."""
+        self.rooms: dict[int, Room | None] = {}
+        """Slots → what was found for a gang of so many, whoever asks."""
 
-    def set(self, rows: Rows, of_slot: Floats, share: Floats, opened: Floats) -> None:
+    def set(self, rows: Rows, of_slot: Floats, share: Floats) -> None:
         order = np.argsort(of_slot, axis=1)
         at = np.arange(len(of_slot))[:, None]
         finite = np.isfinite(of_slot)
@@ -70,10 +75,16 @@ class Prices:
         self.of_slot[rows] = of_slot
         self.of_node[rows] = shared.sum(axis=1)
         self.cheapest[rows] = np.maximum(of_slot[at, order], np.cumsum(shared[at, order], axis=1))
-        self.reach[rows] = opened + finite.sum(axis=1)
-        self.most = float(self.reach.max(initial=-1.0))
-        self.whole = int(np.count_nonzero(self.reach >= of_slot.shape[1]))
+        self._can[rows] = finite.sum(axis=1)
+        self.reopened.update(rows.tolist())
         self.stale = set()
+
+    def open(self, rows: Rows, opened: Floats) -> None:
+        self.reach[rows] = opened + self._can[rows]
+        self.most = float(self.reach.max(initial=-1.0))
+        self.whole = int(np.count_nonzero(self.reach >= self.of_slot.shape[1]))
+        self.rooms.clear()
+        self.reopened = set()
 
 
 class Runners:
@@ -96,13 +107,11 @@ class Runners:
         self._settling: list[tuple[float, int]] = []  # a heap: when a row changes by time alone
         self._priced: dict[int, Prices] = {}
         # Of the runner that holds the slot. `settled`: inf where nobody can be told to give way.
-        self._settled = np.zeros((0, size))
-        self._rank = np.zeros((0, size))
-        self._power = np.zeros((0, size))
-        self._birth = np.zeros((0, size))  # since - attained before: now - birth is what it has attained
-        self._known = np.zeros((0, size))  # expected seconds at its last review; nan: as long as it has run
-        self._share = np.zeros((0, size))  # 1 / how many slots it has on the node
-        self._cost = np.zeros((0, size))  # slot-seconds of a switch
+        # `birth`: since - attained before, so that now - birth is what it has attained. `known`: expected seconds at its
+        # last review; nan: as long as it has run. `share`: 1 / how many slots it has on the node. `cost`: slot-seconds of
+        # a switch.
+        self._columns = np.zeros((0, size, 7))
+        self._name_columns()
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
@@ -134,20 +143,25 @@ class Runners:
             return
         more = max(8, len(self._open))
         self._open = np.concatenate([self._open, np.full(more, -float(self._size))])
-        for name in ("_settled", "_rank", "_power", "_birth", "_known", "_share", "_cost"):
-            rows = np.full((more, self._size), np.inf if name == "_settled" else 1.0)
-            setattr(self, name, np.concatenate([getattr(self, name), rows]))
+        rows = np.ones((more, self._size, 7))
+        rows[:, :, 0] = np.inf
+        self._columns = np.concatenate([self._columns, rows])
+        self._name_columns()
+
+    def _name_columns(self) -> None:
+        views = (self._columns[:, :, at] for at in range(7))
+        self._settled, self._rank, self._power, self._birth, self._known, self._share, self._cost = views
 
     def open(self, name: str, count: int) -> None:
         row = self._row[name]
         if self._open[row] != count:
             self._open[row] = count
-            self._changed(row)
+            self._reopened(row)
 
     def keep(self, name: str, kept: bool) -> None:
         """A node that is kept for somebody: nobody else makes room there."""
         self._kept.add(name) if kept else self._kept.discard(name)
-        self._changed(self._row[name])
+        self._reopened(self._row[name])
 
     # Runners ------------------------------------------------------------------------------------------------------
 
@@ -165,13 +179,15 @@ class Runners:
             for time in {settled_at(holding, policy), settled_at(holding, policy) + ripens_in(policy)}:
                 heapq.heappush(self._settling, (time, row))
         slots = holding.placement.slots
-        self._settled[row, at] = settled_at(holding, policy) if job.yields else np.inf
-        self._rank[row, at] = standing[0]
-        self._power[row, at] = worth_of(1.0, slots, standing[1], policy)
-        self._birth[row, at] = holding.since - job.attained_s
-        self._known[row, at] = expected_s(job, attained, policy) if job.outlook else np.nan
-        self._share[row, at] = 1 / max(1, len(at))
-        self._cost[row, at] = slots * (policy.park_cost_s if holding.shape.park_gb else policy.switch_cost_s)
+        self._columns[row, at] = (
+            settled_at(holding, policy) if job.yields else np.inf,
+            standing[0],
+            worth_of(1.0, slots, standing[1], policy),
+            holding.since - job.attained_s,
+            expected_s(job, attained, policy) if job.outlook else np.nan,
+            1 / max(1, len(at)),
+            slots * (policy.park_cost_s if holding.shape.park_gb else policy.switch_cost_s),
+        )
         for column in at:
             self._owner[row][column] = holding.key
 
@@ -193,15 +209,16 @@ class Runners:
 
     def room(self, slots: int, claim: Claim) -> Room | None:
         """The whole gang, as few nodes as can be, by the cheapest victims; None: not for what the claim is worth."""
-        whole, rest = divmod(slots, self._size)
         prices = self._prices(claim.rank, claim.now)
-        budget = claim.worth / self._policy.hysteresis
-        found: Room | None = Room(0.0, ())
-        if whole:
-            found = self._whole_nodes(whole, prices)
-        if rest and found is not None and found.cost <= budget:
-            found = self._and_a_part(rest, found, prices, budget)
-        return found if found is not None and found.cost <= budget else None
+        if slots not in prices.rooms:
+            prices.rooms[slots] = self._cheapest(slots, prices)
+        found = prices.rooms[slots]
+        return found if found is not None and found.cost <= claim.worth / self._policy.hysteresis else None
+
+    def _cheapest(self, slots: int, prices: Prices) -> Room | None:
+        whole, rest = divmod(slots, self._size)
+        found = self._whole_nodes(whole, prices) if whole else Room(0.0, ())
+        return self._and_a_part(rest, found, prices) if rest and found is not None else found
 
     def room_on(self, parts: dict[str, int], claim: Claim) -> Room | None:
         """So many slots of just these nodes."""
@@ -230,10 +247,13 @@ class Runners:
             found = self._priced[rank] = Prices(len(self._open), self._size)
         if found.stale is None or found.stale:
             stale = np.arange(len(self._open)) if found.stale is None else np.fromiter(found.stale, np.intp)
-            opened = self._open[stale]
+            found.set(stale, self._price(rank, at, stale), self._share[stale])
+        if found.reopened:
+            rows = np.fromiter(found.reopened, np.intp)
+            opened = self._open[rows]
             for name in self._kept:
-                opened[stale == self._row[name]] = -2.0 * self._size
-            found.set(stale, self._price(rank, at, stale), self._share[stale], opened)
+                opened[rows == self._row[name]] = -2.0 * self._size
+            found.open(rows, opened)
         return found
 
     def advance(self, now: float) -> None:
@@ -277,6 +297,10 @@ class Runners:
             if prices.stale is not None:
                 prices.stale.add(row)
 
+    def _reopened(self, row: int) -> None:
+        for prices in self._priced.values():
+            prices.reopened.add(row)
+
     def _able(self, need: int, prices: Prices) -> Rows:
         """Rows where so many slots could be had, in the order of their nodes' names."""
         if self._order is None:
@@ -300,7 +324,7 @@ class Runners:
         pairs = {owner: price[at] for at, owner in enumerate(self._owner[row]) if owner is not None}
         return {owner: cost for owner, cost in sorted(pairs.items(), key=lambda p: (p[1], p[0])) if cost < np.inf}
 
-    def _and_a_part(self, need: int, found: Room, prices: Prices, budget: float) -> Room | None:
+    def _and_a_part(self, need: int, found: Room, prices: Prices) -> Room | None:
         able = self._able(need, prices)
         if found.parts:
             able = np.array([row for row in able if self._names[row] not in found.parts], dtype=np.intp)
@@ -309,8 +333,6 @@ class Runners:
         lacking = np.maximum(need - self._open[able], 0).astype(int)
         costs = np.where(lacking > 0, prices.cheapest[able, np.maximum(lacking - 1, 0)], 0.0)
         rows = able[np.argsort(costs, kind="stable")[:CLOSEST]]
-        if not found.victims and costs.min() > budget:  # a bound: it counts what victims give up in vain for nothing
-            return None
         tried = [self._part(row, need, found, prices) for row in rows]
         cost, name, victims = min(tried, key=lambda one: one[:2])
         return Room(cost, (*found.victims, *victims), {**found.parts, name: need})
