@@ -93,8 +93,7 @@ class Bench:
         self._runs[f"job-{number}"] = min(draw.lognormvariate(6.0, 1.6), 2e5)
         priority = draw.choices(list(Priority), [1, 4, 85, 10])[0]
         tenant = self.tenants[min(int(draw.paretovariate(0.6)) - 1, len(self.tenants) - 1)]
-        known = tuple(sorted(draw.lognormvariate(6.0, 1.6) for _ in range(15))) if number % 2 else ()
-        return Job(f"job-{number}", tenant, shape, self.now, priority, outlook=known, model=draw.choice(MODELS))
+        return Job(f"job-{number}", tenant, shape, self.now, priority, model=draw.choice(MODELS))
 
     def nodes(self) -> Iterator[Node]:
         for number in range(self._nodes):

@@ -19,7 +19,7 @@ from cluster.core.placement import PoolKey, masks
 from cluster.core.policy import Policy
 from cluster.core.pools import Option, Pools
 from cluster.core.queues import Line, Waiting
-from cluster.core.slices import Attempt, Holding, expires_at, reviewed
+from cluster.core.slices import Attempt, Holding, expires_at
 
 AGED_LOOKED_AT = 1024
 
@@ -46,11 +46,10 @@ class Facts:
         self._signatures: dict[tuple[tuple[int, PoolKey], ...], int] = {}
         self._attempts: defaultdict[str, set[Attempt]] = defaultdict(set)
         self._of_tenant: defaultdict[str, set[Attempt]] = defaultdict(set)
-        self._reviews = SortedList()  # (time, attempt) of runners of which something is known
-        self._review_of: dict[Attempt, float] = {}
         self._modes: dict[str, tuple[frozenset[Attempt], bool]] = {}
         self._aged: str | None = None
-        self._aged_runners: set[Attempt] = set()
+        self._waited = SortedList()  # (since, attempt) of runners that had waited so long before
+        self._aged_runner: Attempt | None = None
         self._now = -math.inf
 
     # Nodes and tenants --------------------------------------------------------------------------------------------
@@ -214,12 +213,14 @@ class Facts:
         else:
             self._count(holding, holding.placement.slots)
         if not tried:
+            self._count_waited(holding, True)
             self._put_runner(holding)
 
     def drop(self, holding: Holding) -> None:
         key, job = holding.key, holding.job
         self._forget_runner(holding)
         del self.held[key]
+        self._count_waited(holding, False)
         for name in holding.placement.nodes:
             self.on_node[name].discard(key)
         self._attempts[job.id].discard(key)
@@ -255,7 +256,7 @@ class Facts:
     def rank(self, holding: Holding) -> Rank:
         job = holding.job
         account = self.ledger.account(job.tenant)
-        if not holding.parked and holding.since - job.queued_at >= self.policy.aged_after_s:
+        if holding.key == self._aged_runner:
             return Rank.AGED
         if job.id in self._elders.members:
             return Rank.ELDER
@@ -273,29 +274,30 @@ class Facts:
         if holding.parked:
             return
         rank = self.rank(holding)
-        if rank == Rank.AGED:
-            self._aged_runners.add(holding.key)
         if holding.yielding:
             return
         weight = self.ledger.account(holding.job.tenant).share.weight
-        now = max(self._now, holding.since)
         for name in holding.placement.nodes:
             runners = self.pools.runners_on(name)
             if runners is not None:
-                runners.put(name, holding, (rank, weight), now)
-        if holding.job.outlook:
-            at = self._review_of[holding.key] = reviewed(holding, now, self.policy)[1]
-            self._reviews.add((at, holding.key))
+                runners.put(name, holding, (rank, weight))
 
     def _forget_runner(self, holding: Holding) -> None:
-        self._aged_runners.discard(holding.key)
         for name in holding.placement.nodes:
             runners = self.pools.runners_on(name)
             if runners is not None:
                 runners.drop(name, holding)
-        at = self._review_of.pop(holding.key, None)
-        if at is not None:
-            self._reviews.remove((at, holding.key))
+
+    def _count_waited(self, holding: Holding, there: bool) -> None:
+        """One runner at a time keeps its slots because it had waited so long: the one that has run the longest."""
+        if holding.parked or holding.since - holding.job.queued_at < self.policy.aged_after_s:
+            return
+        entry = holding.since, holding.key
+        self._waited.add(entry) if there else self._waited.discard(entry)
+        before, self._aged_runner = self._aged_runner, self._waited[0][1] if self._waited else None
+        for key in {before, self._aged_runner} - {holding.key, None} if before != self._aged_runner else ():
+            if key in self.held:
+                self._put_runner(self.held[key])
 
     def _check_mode(self, tenant: str) -> None:
         """Which of a tenant's runners are its own, and whether its urgent ones are within its allowance: when that
@@ -333,8 +335,6 @@ class Facts:
         if now < before:
             for holding in list(self.held.values()):
                 self._put_runner(holding)
-        while self._reviews and self._reviews[0][0] <= now:
-            self._put_runner(self.held[self._reviews[0][1]])
         self.pools.advance(now)
         self._choose_elders()
         self._choose_aged(now)
@@ -368,7 +368,7 @@ class Facts:
                 self._put_runner(self.held[key])
 
     def _choose_aged(self, now: float) -> None:
-        before, self._aged = self._aged, None if self._aged_runners else self._first_aged(now)
+        before, self._aged = self._aged, None if self._aged_runner else self._first_aged(now)
         if before != self._aged:
             self._reclass(job_id for job_id in (before, self._aged) if job_id is not None)
 

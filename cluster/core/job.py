@@ -101,8 +101,6 @@ class Job:
     """None: it has waited once only, since `queued_at`."""
     attained_s: float = 0.0
     """Seconds that it held its slots in turns that have ended."""
-    outlook: tuple[float, ...] = ()
-    """Equally likely total run times in seconds, sorted, learnt from jobs that have ended; empty: nothing is known."""
     environment: str = ""
     """Fingerprint; a node that has it needs not prepare it."""
     model: str = ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from enum import IntEnum
 
 from cluster.core.job import Job, Priority
@@ -42,28 +40,14 @@ RANK_OF = {Priority.URGENT: Rank.HIGH, Priority.HIGH: Rank.HIGH, Priority.NORMAL
 """Before allowance, age and guarantee are looked at."""
 
 
-def expected_s(job: Job, attained_s: float, policy: Policy) -> float:
-    """What it is thought to need still: the Gittins index of its remaining run time, the least, over all stretches of
-    service, of what the stretch is expected to take by the chance that the job ends in it. Of a job of which nothing is
-    known, or that has outrun what was known, the time that it has run: long run times have heavy tails."""
-    if attained_s < policy.newcomer_s:
-        return max(NEWCOMER * attained_s, LEAST_S)
-    known = job.outlook
-    left = [total - attained_s for total in known[bisect_right(known, attained_s) :]]
-    return _gittins(left) if left else attained_s
+def expected_s(attained_s: float, policy: Policy) -> float:
+    """What a job is thought to need still: the time that it has run, for long run times have heavy tails."""
+    return attained_s if attained_s >= policy.newcomer_s else max(NEWCOMER * attained_s, LEAST_S)
 
 
 def index(job: Job, policy: Policy, weight: float) -> float:
     """Its place in the line, within its class."""
-    seconds = expected_s(job, job.attained_s, policy)
+    seconds = expected_s(job.attained_s, policy)
     if job.attained_s >= policy.newcomer_s:
         seconds *= job.shape.slots**policy.line_exponent
     return seconds / weight
-
-
-def _gittins(left: list[float]) -> float:
-    best, before = math.inf, 0.0
-    for count, longest in enumerate(left, start=1):
-        before += longest
-        best = min(best, (before + (len(left) - count) * longest) / count)
-    return best

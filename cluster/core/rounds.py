@@ -174,7 +174,7 @@ class Round:
     def _claim_of(self, job: Job, rank: int, slots: int) -> Claim:
         policy = self._facts.policy
         weight = self._facts.ledger.account(job.tenant).share.weight
-        seconds = expected_s(job, job.attained_s, policy)
+        seconds = expected_s(job.attained_s, policy)
         return Claim(rank, worth_of(seconds, slots, weight, policy), self._now)
 
     # Slots kept ---------------------------------------------------------------------------------------------------

@@ -48,20 +48,6 @@ def ripens_in(policy: Policy) -> float:
     return max(0.0, policy.quantum_s - policy.min_run_s)
 
 
-def reviewed(holding: Holding, now: float, policy: Policy) -> tuple[float, float]:
-    """(Service at its last review, time of its next one). What is thought of a runner is looked at again whenever its
-    service has grown by a quarter: a function of the facts, so that a rebuilt state agrees with one that has watched."""
-    attained, end = holding.job.attained_s, holding.attained_s(now)
-    following = _next_review(attained, policy)
-    while following <= end:
-        attained, following = following, _next_review(following, policy)
-    return attained, holding.since + following - holding.job.attained_s
-
-
-def _next_review(attained_s: float, policy: Policy) -> float:
-    return max(policy.newcomer_s, attained_s * 1.25, 1.0)
-
-
 def expires_at(holding: Holding, policy: Policy) -> float:
     """When a parked one is suspended."""
     return holding.since + policy.park_max_s

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cluster.core.order import LEAST_S, NEWCOMER, Rank, expected_s
+from cluster.core.order import LEAST_S, NEWCOMER, Rank
 from cluster.core.policy import Policy
-from cluster.core.slices import Attempt, Holding, reviewed, ripens_in, settled_at
+from cluster.core.slices import Attempt, Holding, ripens_in, settled_at
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
@@ -107,10 +107,9 @@ class Runners:
         self._settling: list[tuple[float, int]] = []  # a heap: when a row changes by time alone
         self._priced: dict[int, Prices] = {}
         # Of the runner that holds the slot. `settled`: inf where nobody can be told to give way.
-        # `birth`: since - attained before, so that now - birth is what it has attained. `known`: expected seconds at its
-        # last review; nan: as long as it has run. `share`: 1 / how many slots it has on the node. `cost`: slot-seconds of
-        # a switch.
-        self._columns = np.zeros((0, size, 7))
+        # `birth`: since - attained before, so that now - birth is what it has attained. `share`: 1 / how many
+        # slots it has on the node. `cost`: slot-seconds of a switch.
+        self._columns = np.zeros((0, size, 6))
         self._name_columns()
 
     # Rows ---------------------------------------------------------------------------------------------------------
@@ -143,14 +142,14 @@ class Runners:
             return
         more = max(8, len(self._open))
         self._open = np.concatenate([self._open, np.full(more, -float(self._size))])
-        rows = np.ones((more, self._size, 7))
+        rows = np.ones((more, self._size, 6))
         rows[:, :, 0] = np.inf
         self._columns = np.concatenate([self._columns, rows])
         self._name_columns()
 
     def _name_columns(self) -> None:
-        views = (self._columns[:, :, at] for at in range(7))
-        self._settled, self._rank, self._power, self._birth, self._known, self._share, self._cost = views
+        views = (self._columns[:, :, at] for at in range(6))
+        self._settled, self._rank, self._power, self._birth, self._share, self._cost = views
 
     def open(self, name: str, count: int) -> None:
         row = self._row[name]
@@ -165,10 +164,9 @@ class Runners:
 
     # Runners ------------------------------------------------------------------------------------------------------
 
-    def put(self, name: str, holding: Holding, standing: tuple[int, float], now: float) -> None:
+    def put(self, name: str, holding: Holding, standing: tuple[int, float]) -> None:
         """It holds slots of this node, and may be told to give way. `standing`: its rank and its tenant's weight."""
         policy, job = self._policy, holding.job
-        attained, _ = reviewed(holding, now, policy)
         row = self._row[name]
         at = [
             column for column in holding.placement.nodes[name] if column < self._size
@@ -184,7 +182,6 @@ class Runners:
             standing[0],
             worth_of(1.0, slots, standing[1], policy),
             holding.since - job.attained_s,
-            expected_s(job, attained, policy) if job.outlook else np.nan,
             1 / max(1, len(at)),
             slots * (policy.park_cost_s if holding.shape.park_gb else policy.switch_cost_s),
         )
@@ -280,8 +277,7 @@ class Runners:
         of, settled, now = self._rank[rows], self._settled[rows], self._looked
         attained = np.maximum(at - self._birth[rows], 0.0)
         seconds = np.where(attained < self._policy.newcomer_s, np.maximum(NEWCOMER * attained, LEAST_S), attained)
-        known = self._known[rows]
-        price = self._power[rows] / np.where(np.isnan(known), seconds, known)
+        price = self._power[rows] / seconds
         ripe = settled + ripens_in(self._policy) <= now
         may = (of > rank) & ripe
         if rank <= Rank.OWED_LOW:

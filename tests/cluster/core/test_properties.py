@@ -55,7 +55,6 @@ jobs = st.builds(
     not_before=st.sampled_from([0.0, 0.0, 0.0, 2000.0]),
     alternatives=st.lists(shapes, max_size=1).map(tuple),
     attained_s=st.sampled_from([0.0, 100.0, 400.0, 5000.0]),
-    outlook=st.sampled_from([(), (), (300.0, 600.0, 9000.0)]),
     model=st.sampled_from(["", "llama"]),
     market=st.sampled_from(["", "", "spot"]),
     yields=st.sampled_from([True, True, True, False]),
