@@ -57,6 +57,7 @@ class Figures:
             "yields": self.yields,
             "cpu_s": round(self.cpu_s, 2),
             "placements_per_s": round(self.placements / self.cpu_s, 1),
+            "placements_and_yields_per_s": round((self.placements + self.yields) / self.cpu_s, 1),
             "decide_p50_ms": round(times[len(times) // 2], 3),
             "decide_p99_ms": round(times[int(0.99 * len(times))], 3),
             "decide_max_ms": round(times[-1], 3),
@@ -140,6 +141,11 @@ class Bench:
                 self.now = max(self.now, at)
                 return JobReleased(job_id, attempt)
 
+    def shown(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        figures, self.figures = self.figures, Figures()
+        return figures.shown()
+
     def run(self, ends: int) -> None:
         """Jobs end and others come, so that the line keeps its length."""
         for number in range(ends):
@@ -155,6 +161,15 @@ class Bench:
             self.step(*events)
 
 
+def _bench(args: argparse.Namespace) -> tuple[Bench, dict[str, object]]:
+    bench = Bench(args.nodes, args.tenants, args.seed)
+    bench.entitle()
+    began = time.process_time()
+    bench.fill_line(args.jobs)
+    queueing = round((time.process_time() - began) / args.jobs * 1e6, 1)
+    return bench, {"asked": vars(args), "queueing_us_a_job": queueing}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=5000)
@@ -164,23 +179,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
-    bench = Bench(args.nodes, args.tenants, args.seed)
-    bench.entitle()
-    began = time.process_time()
-    bench.fill_line(args.jobs)
-    report: dict[str, object] = {
-        "asked": vars(args),
-        "queueing_us_a_job": round((time.process_time() - began) / args.jobs * 1e6, 1),
-    }
-    for node in bench.nodes():
-        bench.step(NodeJoined(node))
-    report["filling"] = bench.figures.shown()
-    bench.figures = Figures()
+    bench, report = _bench(args)
+    bench.step(*(NodeJoined(node) for node in bench.nodes()))
+    report["all nodes join, one round"] = bench.shown()
     bench.run(args.ends)
-    report["steady"] = bench.figures.shown()
-    bench.figures = Figures()
+    report["a round after each event"] = bench.shown()
     bench.run_batches(args.ends // BATCH, BATCH)
-    report[f"{BATCH} jobs end and come between two rounds"] = bench.figures.shown()
+    report[f"{BATCH} jobs end and come between two rounds"] = bench.shown()
+    joining, _ = _bench(args)
+    for node in joining.nodes():
+        joining.step(NodeJoined(node))
+    report["nodes join one by one"] = joining.shown()
     report["waiting"] = len(bench.state.facts.waiting)
     report["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     report["hardware"] = hardware()

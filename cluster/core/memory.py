@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from cluster.core.events import Decision, Grant, Resume
@@ -15,7 +15,7 @@ class Failure:
     promised."""
 
     turn: Turn
-    gains: tuple[int, ...]
+    gains: list[int]
     trail: int
     since: float
     until: float
@@ -52,11 +52,11 @@ class Memory:
     def failed(self, lines: Hashable, failure: Failure) -> None:
         self._failures[lines] = failure
 
-    def worth_trying(self, lines: Hashable, now: Failure) -> list[int]:
-        """Which of the options, by number: where something was gained since they failed, or all."""
-        before = self._failures.get(lines)
-        if before is None or before.turn > now.turn or before.trail != now.trail:
-            return list(range(len(now.gains)))
-        if not before.since <= now.since < before.until:
-            return list(range(len(now.gains)))
-        return [at for at, (then, gains) in enumerate(zip(before.gains, now.gains, strict=True)) if then != gains]
+    def worth_trying(self, lines: Hashable, turn: Turn, gains: list[int], when: tuple[int, float]) -> Sequence[int]:
+        """Which of the options, by number: where something was gained since they failed, or all. `when`: trail, time."""
+        before, (trail, now) = self._failures.get(lines), when
+        if before is None or before.turn > turn or before.trail != trail or not before.since <= now < before.until:
+            return range(len(gains))
+        if before.gains == gains:
+            return ()
+        return [at for at, (then, gained) in enumerate(zip(before.gains, gains, strict=True)) if then != gained]

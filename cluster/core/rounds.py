@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -43,7 +44,6 @@ class Round:
         self._now = now
         self._made: list[Decision] = []
         self._undo: list[Undo] = []
-        self._hopeless: set[int] = set()
         self._passed: dict[Requirement, set[Name]] = {}
         self.outcome = Outcome()
 
@@ -61,25 +61,36 @@ class Round:
     # In order -----------------------------------------------------------------------------------------------------
 
     def _serve_in_order(self) -> None:
-        facts = self._facts
-        lines = list(facts.waiting.lines())
+        """Lines with the same options are a group: what the first of them all cannot have, none of them can."""
+        facts, lines = self._facts, list(self._facts.waiting.lines())
         parked = [held for held in facts.parked.values() if not held.yielding]
-        heads = ((line.head, number) for number, line in enumerate(lines))
-        heap: list[tuple[Turn, int]] = [(turn, number) for turn, number in heads if turn is not None]
-        heap += [(turn_of_parked(facts, held), len(lines) + number) for number, held in enumerate(parked)]
+        groups = self._groups(lines)
+        heap = [(group[0], signature) for signature, group in groups.items()]
+        heap += [((turn_of_parked(facts, held), -1 - number), -1) for number, held in enumerate(parked)]
         heapq.heapify(heap)
         while heap:
-            turn, number = heapq.heappop(heap)
-            if number >= len(lines):
-                self._serve_parked(parked[number - len(lines)])
+            (turn, number), signature = heapq.heappop(heap)
+            if number < 0:
+                self._serve_parked(parked[-1 - number])
                 continue
-            line = lines[number]
+            line, group = lines[number], groups[signature]
             unchanged = not self._undo or self._head(line) == turn
             if unchanged and not self._serve_head(line, turn):
                 continue
             head = self._head(line)
-            if head is not None:
-                heapq.heappush(heap, (head, number))
+            heapq.heappop(group) if head is None else heapq.heapreplace(group, (head, number))
+            if group:
+                heapq.heappush(heap, (group[0], signature))
+
+    def _groups(self, lines: list[Line]) -> dict[int, list[tuple[Turn, int]]]:
+        """Signature → a heap of the heads of its lines, by number."""
+        groups: defaultdict[int, list[tuple[Turn, int]]] = defaultdict(list)
+        for number, line in enumerate(lines):
+            if line.head is not None and self._facts.options(line):
+                groups[line.signature].append((line.head, number))
+        for group in groups.values():
+            heapq.heapify(group)
+        return groups
 
     def _head(self, line: Line) -> Turn | None:
         passed = self._passed.get(line.requirement) if self._passed else None
@@ -88,16 +99,11 @@ class Round:
         return next((turn for turn, name in line.heads if name not in passed), None)
 
     def _serve_head(self, line: Line, turn: Turn) -> bool:
-        """Whether the next one in the line may be looked at: it got something, or it was its tenant's limit."""
-        facts = self._facts
-        options = facts.options(line)
-        if not options or line.signature in self._hopeless:
-            return False
-        gains = tuple(self._gained[id(pool)] for _, pool in options)
-        failure = Failure(turn, gains, self._trail, self._now, math.inf)
-        promising = facts.memory.worth_trying(line.signature, failure)
+        """Whether the next one of its group may be looked at: it got something, or it was its tenant's limit."""
+        facts, options = self._facts, self._facts.options(line)
+        gains = [self._gained[id(pool)] for _, pool in options]
+        promising = facts.memory.worth_trying(line.signature, turn, gains, (self._trail, self._now))
         if not promising:
-            self._hopeless.add(line.signature)
             return False
         job = facts.waiting.job(turn[3])
         account = facts.ledger.account(job.tenant)
@@ -109,11 +115,10 @@ class Round:
         if len(able) < len(options):
             self._passed.setdefault(line.requirement, set()).add(facts.waiting.name_of(job.id))
             return True
-        self._hopeless.add(line.signature)  # what is free only shrinks in a round, and those behind deserve less
-        if self._remembers and not kept:
+        if self._remembers and not kept:  # what is free only shrinks in a round, and those behind deserve less
             begins = job.queued_at + facts.policy.reserve_after_s
             until = begins if begins > self._now else math.inf
-            facts.memory.failed(line.signature, replace(failure, until=until))
+            facts.memory.failed(line.signature, Failure(turn, gains, self._trail, self._now, until))
         return False
 
     def _start(self, job: Job, options: list[Option]) -> bool:
@@ -158,7 +163,7 @@ class Round:
         rank = self._facts.waiting.turn(job.id)[0]
         for number, (shape, pool) in enumerate(options):
             runners = self._facts.pools.runners[pool.key]
-            if not runners.may(shape.slots, rank, self._now):
+            if not runners.may(shape.slots, rank):
                 continue
             room = runners.room(shape.slots, self._claim_of(job, rank, shape.slots))
             if room is not None:
@@ -175,7 +180,7 @@ class Round:
         policy = self._facts.policy
         weight = self._facts.ledger.account(job.tenant).share.weight
         seconds = expected_s(job.attained_s, policy)
-        return Claim(rank, worth_of(seconds, slots, weight, policy), self._now)
+        return Claim(rank, worth_of(seconds, slots, weight, policy))
 
     # Slots kept ---------------------------------------------------------------------------------------------------
 
