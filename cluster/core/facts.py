@@ -43,6 +43,7 @@ class Facts:
         self._by_age = SortedList()  # (queued_at, id) of those that wait and could run
         self._ages: set[str] = set()
         self._sorted_out = -1
+        self._sized = True
         self._signatures: dict[tuple[tuple[int, PoolKey], ...], int] = {}
         self._attempts: defaultdict[str, set[Attempt]] = defaultdict(set)
         self._of_tenant: defaultdict[str, set[Attempt]] = defaultdict(set)
@@ -69,12 +70,16 @@ class Facts:
 
     def _resized(self) -> None:
         self._elders.stale = True
-        if self.pools.capacity != self.ledger.capacity:
-            self.ledger.resize(self.pools.capacity)
-            self.waiting.urgent_changed()
-            for tenant, account in self.ledger.accounts().items():
-                if account.urgent:
-                    self._check_mode(tenant)
+        self._sized = self._sized and self.pools.capacity == self.ledger.capacity
+        self.ledger.resize(self.pools.capacity)
+
+    def _size(self) -> None:
+        """Allowances are shares of the slots: once for all nodes that came or went since the last look."""
+        self._sized = True
+        self.waiting.urgent_changed()
+        for tenant, account in self.ledger.accounts().items():
+            if account.urgent:
+                self._check_mode(tenant)
 
     def entitle(self, share: TenantShare) -> None:
         before = self.ledger.account(share.name).share
@@ -331,6 +336,8 @@ class Facts:
     def advance(self, now: float) -> None:
         before, self._now = self._now, now
         self._sort_out()
+        if not self._sized:
+            self._size()
         self._wake(before, now)
         if now < before:
             for holding in list(self.held.values()):

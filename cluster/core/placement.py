@@ -80,8 +80,8 @@ class Pool:
     # Nodes --------------------------------------------------------------------------------------------------------
 
     def add(self, node: Node) -> None:
+        self.memory_gb = min(self.memory_gb, node.memory_gb) if self.nodes else node.memory_gb
         self.nodes[node.name] = node
-        self.memory_gb = min(one.memory_gb for one in self.nodes.values()) if len(self.nodes) > 1 else node.memory_gb
         for slots in self._slots:
             slots[node.name] = 0
         self._names = None
