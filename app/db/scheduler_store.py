@@ -4,17 +4,16 @@ scheduler's epoch under a lock, so that a scheduler that was replaced changes no
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import bindparam, func, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.db.listen import JOBS, Listener
 from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
-from app.db.scheduler_rows import read_rows
+from app.db.scheduler_rows import one_of, read_rows
 from app.db.scheduler_writes import order_many, release_many, start_many
 from app.db.session import Database
 from app.db.transitions import Change, transition
@@ -26,6 +25,22 @@ from cluster.ports import Attempt, NodeReport, Rows
 EPOCH = "scheduler_epoch"
 EVERYTHING = "*"
 """In the place of a job's id: shares or nodes changed, look at all."""
+
+
+_NODES = text(
+    """
+    INSERT INTO nodes (name, kind, slots, memory_gb, environments, models, park_gb, market, region, price_per_hour,
+        notice_deadline, seen_at, lost_at)
+    SELECT name, kind, slots, memory_gb, environments, models, park_gb, market, region, price_per_hour,
+        to_timestamp(leaves_at), now(), NULL
+    FROM jsonb_to_recordset(:rows) AS v(name text, kind text, slots int, memory_gb float, environments jsonb, models jsonb,
+        park_gb float, market text, region text, price_per_hour float, leaves_at float)
+    ON CONFLICT (name) DO UPDATE SET kind = excluded.kind, slots = excluded.slots, memory_gb = excluded.memory_gb,
+        environments = excluded.environments, models = excluded.models, park_gb = excluded.park_gb,
+        market = excluded.market, region = excluded.region, price_per_hour = excluded.price_per_hour,
+        notice_deadline = excluded.notice_deadline, seen_at = excluded.seen_at, lost_at = NULL
+    """
+).bindparams(bindparam("rows", type_=JSONB))
 
 
 class SqlSchedulerStore:
@@ -92,12 +107,9 @@ class SqlSchedulerStore:
         with self._database.platform() as session:
             _check_epoch(session, epoch)
             rows = [_node_row(report) for report in sorted(reports, key=lambda report: report.node.name)]
-            if rows:
-                new = insert(Node).values(rows)
-                renewed = {name: new.excluded[name] for name in rows[0] if name != "name"}
-                session.execute(new.on_conflict_do_update(index_elements=[Node.name], set_=renewed))
-            gone = Node.lost_at.is_(None) & Node.name.not_in([row["name"] for row in rows])
-            session.execute(update(Node).where(gone).values(lost_at=func.now()))
+            session.execute(_NODES, {"rows": rows})
+            seen = one_of(Node.name, [row["name"] for row in rows])
+            session.execute(update(Node).where(Node.lost_at.is_(None), ~seen).values(lost_at=func.now()))
 
     def wait_for_change(self, timeout_s: float) -> frozenset[str] | None:
         changed = self._listener.wait(timeout_s)
@@ -186,7 +198,5 @@ def _node_row(report: NodeReport) -> dict[str, Any]:
         "market": node.market,
         "region": node.region,
         "price_per_hour": node.price,
-        "notice_deadline": None if report.leaves_at is None else datetime.fromtimestamp(report.leaves_at, UTC),
-        "seen_at": func.now(),
-        "lost_at": None,
+        "leaves_at": report.leaves_at,
     }

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, insert, select, text, tuple_, update
+from sqlalchemy import Integer, String, bindparam, column, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from app.db.events import NewEvent
 from app.db.ids import EVENT, new_id
-from app.db.models import Event, Lease, LeaseSlot, Node
+from app.db.models import Lease, Node
+from app.db.scheduler_rows import one_of
 from app.db.usage import turn_closed
 from cluster.core.events import Grant, Yield
 from cluster.core.job import ACTIVE, JobState, Placement, Wish
@@ -50,6 +51,21 @@ _SLOTS = text(
     """
 ).bindparams(_ROWS)
 
+_FREE = text(
+    """
+    DELETE FROM lease_slots USING jsonb_to_recordset(:rows) AS v(job_id text, attempt int)
+    WHERE lease_slots.job_id = v.job_id AND lease_slots.attempt = v.attempt
+    """
+).bindparams(_ROWS)
+
+_EVENTS = text(
+    """
+    INSERT INTO events (job_id, seq, id, tenant_id, type, level, message, data, attempt)
+    SELECT * FROM jsonb_to_recordset(:rows) AS v(job_id text, seq bigint, id text, tenant_id text, type text, level text,
+        message text, data jsonb, attempt int)
+    """
+).bindparams(_ROWS)
+
 _ORDER = text(
     """
     UPDATE leases SET ordered = v.how, order_reason = v.reason, ordered_at = coalesce(ordered_at, clock_timestamp())
@@ -80,7 +96,7 @@ def start_many(session: Session, epoch: int, grants: Sequence[Grant], ttl_s: flo
     by_id = {grant.job.id: grant for grant in grants}
     locked = session.execute(_LOCK, {"ids": list(by_id)}).all()
     leaving = set(
-        session.scalars(select(Lease.job_id).where(Lease.job_id.in_(by_id), Lease.released_at.is_(None)).distinct())
+        session.scalars(select(Lease.job_id).where(one_of(Lease.job_id, by_id), Lease.released_at.is_(None)).distinct())
     )
     able = {job.id: job for job in locked if job.id not in leaving and _may_start(job, by_id[job.id].job.attempt)}
     if not able:
@@ -124,10 +140,14 @@ def release_many(session: Session, attempts: Sequence[Attempt]) -> list[str]:
     """Closes the leases; the jobs that are recovering, of these attempts, in their rows' locks."""
     ids = sorted({job_id for job_id, _ in attempts})
     locked = session.execute(_LOCK, {"ids": ids}).all()
-    session.execute(delete(LeaseSlot).where(tuple_(LeaseSlot.job_id, LeaseSlot.attempt).in_(attempts)))
+    rows = [{"job_id": job_id, "attempt": attempt} for job_id, attempt in attempts]
+    session.execute(_FREE, {"rows": rows})
+    recordset = func.jsonb_to_recordset(bindparam(None, rows, type_=JSONB))
+    these = recordset.table_valued(column("job_id", String), column("attempt", Integer)).render_derived(with_types=True)
     closed = (
         update(Lease)
-        .where(tuple_(Lease.job_id, Lease.attempt).in_(attempts), Lease.released_at.is_(None))
+        .where(tuple_(Lease.job_id, Lease.attempt).in_(select(these.c.job_id, these.c.attempt)))
+        .where(Lease.released_at.is_(None))
         .values(**turn_closed(), released_at=func.clock_timestamp(), ordered=None, ordered_at=None, parked_at=None)
     )
     session.execute(closed.execution_options(synchronize_session=False))
@@ -161,7 +181,7 @@ def append_many(session: Session, events: Mapping[str, NewEvent]) -> None:
                 "attempt": attempt,
             }
         )
-    session.execute(insert(Event), rows)
+    session.execute(_EVENTS, {"rows": rows})
 
 
 def _may_start(job: Any, attempt: int) -> bool:
@@ -169,7 +189,7 @@ def _may_start(job: Any, attempt: int) -> bool:
 
 
 def _nodes(session: Session, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    found = session.execute(select(Node.name, Node.kind, Node.price_per_hour).where(Node.name.in_(names)))
+    found = session.execute(select(Node.name, Node.kind, Node.price_per_hour).where(one_of(Node.name, names)))
     return {name: {"kind": kind, "price_per_hour": price} for name, kind, price in found}
 
 

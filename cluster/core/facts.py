@@ -19,7 +19,7 @@ from cluster.core.placement import PoolKey, masks
 from cluster.core.policy import Policy
 from cluster.core.pools import Option, Pools
 from cluster.core.queues import Line, Waiting
-from cluster.core.slices import Attempt, Holding, expires_at
+from cluster.core.slices import Attempt, Holding, expires_at, owned, same_slots
 
 AGED_LOOKED_AT = 1024
 
@@ -187,11 +187,24 @@ class Facts:
     # Who holds ----------------------------------------------------------------------------------------------------
 
     def hold(self, holding: Holding) -> None:
-        if self.held.get(holding.key) == holding:
+        before = self.held.get(holding.key)
+        if before == holding:
+            return
+        if before is not None and same_slots(before, holding):
+            self._renew(before, holding)
             return
         self._elders.add(holding.job)
         self.let_go(holding.key)
         self.put(holding)
+
+    def _renew(self, before: Holding, holding: Holding) -> None:
+        """It goes on with what it has: trains, is told to give way, ends."""
+        if (before.yielding is None) != (holding.yielding is None):
+            self.pools.promise(masks(holding.placement), coming=holding.yielding is not None)
+        self.held[holding.key] = holding
+        self._count_waited(before, False)
+        self._count_waited(holding, True)
+        self._put_runner(holding)
 
     def let_go(self, key: Attempt) -> None:
         holding = self.held.get(key)
@@ -216,7 +229,7 @@ class Facts:
         if holding.parked:
             self.parked[key] = holding
         else:
-            self._count(holding, holding.placement.slots)
+            self.count(job, holding.placement.slots)
         if not tried:
             self._count_waited(holding, True)
             self._put_runner(holding)
@@ -237,10 +250,7 @@ class Facts:
             del self.parked[key]
         else:
             self.pools.give(masks(holding.placement))
-            self._count(holding, -holding.placement.slots)
-
-    def _count(self, holding: Holding, slots: int) -> None:
-        self.count(holding.job, slots)
+            self.count(job, -holding.placement.slots)
 
     def count(self, job: Job, slots: int) -> None:
         """Its tenant holds so many more."""
@@ -312,24 +322,14 @@ class Facts:
             if not (account.share.guaranteed_slots or account.urgent):
                 return
             before = frozenset(), True
-        own = self._own(tenant) if account.share.guaranteed_slots else frozenset()
+        runners = (self.held[key] for key in self._of_tenant[tenant] if key not in self.parked)
+        own = owned(runners, account.share.guaranteed_slots) if account.share.guaranteed_slots else frozenset()
         within = account.urgent == 0 or self.ledger.urgent_within(tenant)
         self._modes[tenant] = (own, within)
         changed = set(self._of_tenant[tenant]) if within != before[1] else own ^ before[0]
         for key in changed:
             if key in self.held:
                 self._put_runner(self.held[key])
-
-    def _own(self, tenant: str) -> frozenset[Attempt]:
-        """Of what it runs, what is within its guarantee: the first that fit, of the highest priority, then the longest
-        there; the rest is borrowed."""
-        left, own = self.ledger.account(tenant).share.guaranteed_slots, set()
-        runners = [self.held[key] for key in self._of_tenant[tenant] if key not in self.parked]
-        for holding in sorted(runners, key=lambda one: (one.job.priority.rank, one.since, one.key)):
-            if holding.placement.slots <= left:
-                left -= holding.placement.slots
-                own.add(holding.key)
-        return frozenset(own)
 
     # Time ---------------------------------------------------------------------------------------------------------
 

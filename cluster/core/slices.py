@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,3 +52,22 @@ def ripens_in(policy: Policy) -> float:
 def expires_at(holding: Holding, policy: Policy) -> float:
     """When a parked one is suspended."""
     return holding.since + policy.park_max_s
+
+
+def same_slots(before: Holding, then: Holding) -> bool:
+    """Whether nothing but the turn has changed: when it began, whether it gives way (but not to be parked)."""
+    held = before.placement == then.placement and not (before.parked or then.parked)
+    was, job = before.job, then.job
+    same = (was.tenant, was.priority, was.born, was.shape) == (job.tenant, job.priority, job.born, job.shape)
+    return held and same and How.PARK not in (before.yielding, then.yielding)
+
+
+def owned(runners: Iterable[Holding], guaranteed: int) -> frozenset[Attempt]:
+    """Of what a tenant runs, what is within its guarantee: the first that fit, of the highest priority, then the longest
+    there; the rest is borrowed."""
+    own = set()
+    for holding in sorted(runners, key=lambda one: (one.job.priority.rank, one.since, one.key)):
+        if holding.placement.slots <= guaranteed:
+            guaranteed -= holding.placement.slots
+            own.add(holding.key)
+    return frozenset(own)
