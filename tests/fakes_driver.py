@@ -39,6 +39,7 @@ class MemoryStore:
     events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     steps: dict[int, StepRow] = field(default_factory=dict)
     checkpoints: list[LastCheckpoint] = field(default_factory=list)
+    keeps: int | None = None
     moves: list[tuple[JobState, str]] = field(default_factory=list)
     error: dict[str, str | None] | None = None
     result: dict[str, Any] | None = None
@@ -104,10 +105,11 @@ class MemoryStore:
 
     def commit_checkpoint(
         self, job_id: str, attempt: int, step: int, prefix: str, files: dict[str, str], metrics: dict[str, Any]
-    ) -> None:
+    ) -> list[str]:
         self._check(attempt)
         self.checkpoints.append(LastCheckpoint(step, attempt, prefix, files))
         self.on_checkpoint()
+        return [one.prefix for one in self.checkpoints[: -self.keeps]] if self.keeps else []
 
     def finish(
         self,

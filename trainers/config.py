@@ -35,8 +35,27 @@ class Hyperparams:
     seed: int = 42
     max_steps: Optional[int] = None
     eval_steps: Optional[int] = None
+    packing: Optional[bool] = None
+    """Several rows in one sequence, none seeing another. None: wherever the architecture gives the same numbers that way."""
+    validation_split: Optional[float] = None
+    """The share of the rows that is not trained on but validated on; drawn from the seed."""
     overlength: str = "truncate"
     """truncate, drop or error."""
+    use_rslora: bool = False
+    """Scale the adapter by alpha/sqrt(r) instead of alpha/r (arXiv:2312.03732)."""
+    beta: float = 0.1
+    """Of `dpo`: how far the model may leave its reference (arXiv:2305.18290)."""
+    early_stopping_patience: Optional[int] = None
+    """Evaluations in a row without a lower validation loss, after which the run ends; evaluates once an epoch unless
+    `eval_steps` says otherwise."""
+    n_checkpoints: Optional[int] = None
+    """So many of the last checkpoints stay, and the one with the lowest validation loss; None: all of them."""
+
+    def held_out(self, rows: int) -> int:
+        """How many of so many rows are validated on and not trained on; where there are two, each side has one."""
+        if not self.validation_split:
+            return 0
+        return max(0, min(max(1, round(self.validation_split * rows)), rows - 1))
 
 
 @dataclass(frozen=True)
@@ -44,15 +63,19 @@ class TrainConfig:
     base_model: str
     """Folder with config.json, safetensors, tokenizer (with a chat template)."""
     train_file: str
-    """Canonical rows, JSON lines: {"messages":[{"role","content","weight"?}…]} or {"prompt":str,"completion":str} or {"text":str}."""
+    """Canonical rows, JSON lines: {"messages":[{"role","content","weight"?}…]} or {"prompt":str,"completion":str} or {"text":str};
+    for `dpo` {"prompt"?,"chosen","rejected"}, for classification {"text","label"}."""
     output_dir: str
     """Gets `checkpoints/step-<8 digits>/`, `artifact/`."""
     validation_file: Optional[str] = None
     adapter: Optional[str] = None
-    """Folder of a LoRA adapter to start from (continue training)."""
+    """Folder of a LoRA adapter, or of a checkpoint's weights, to start from (continue training)."""
     method: str = "sft"
+    """sft or dpo."""
+    task: str = "causal_lm"
+    """causal_lm, or sequence_classification (with the method sft)."""
     training_type: str = "lora"
-    """lora or full."""
+    """lora, qlora (the base in 4 bits; on a GPU) or full."""
     hyperparams: Hyperparams = field(default_factory=Hyperparams)
     precision: str = "auto"
     """auto (bf16 where the processor or GPU has it, else fp32), bf16, fp32."""

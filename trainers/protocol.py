@@ -7,6 +7,7 @@ worker → child
     saved     {step}                                     the checkpoint of that step is durable; older ones may go
 child → worker
     hello     {pid, python, torch, transformers, peft, packages?}     imports are done
+    progress  {what, done, total}                        rows, of a long pass before the first step
     ready     {steps, epochs, start_step, trainable_parameters, parameters, tokens_per_epoch, rows, threads, precision}
     evaluated {step, when: before|during|after, loss, exact_match?, rows, samples?: [{prompt, expected, answer}]}
     step      {step, epoch, loss, lr, grad_norm, tokens, seconds}

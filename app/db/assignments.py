@@ -21,6 +21,7 @@ def read_assignment(session: Session, job: Job) -> Assignment:
     """Raises `Conflict` when the base model is not ready."""
     placement, kind = _placement(session, job)
     base_prefix, base_sha256, adapter_prefix = _weights(session, job)
+    begins_with = _get(session, Checkpoint, job.parent_checkpoint_id) if job.parent_checkpoint_id else None
     train = _get(session, Dataset, job.dataset_id)
     validation = _get(session, Dataset, job.validation_dataset_id) if job.validation_dataset_id else None
     return Assignment(
@@ -38,7 +39,7 @@ def read_assignment(session: Session, job: Job) -> Assignment:
         base_model_name=_get(session, BaseModel, job.base_model_id).name,
         base_model_prefix=base_prefix,
         base_model_sha256=base_sha256,
-        adapter_prefix=adapter_prefix,
+        adapter_prefix=begins_with.prefix if begins_with is not None else adapter_prefix,
         dataset_key=train.object_key,
         dataset_sha256=train.sha256,
         validation_key=validation.object_key if validation else None,

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, load_only
 
 from app.db.assignments import read_assignment
+from app.db.checkpoints import drop_checkpoints
 from app.db.events import NewEvent, append_event
 from app.db.ids import CHECKPOINT, new_id
 from app.db.models import Checkpoint, Job, Lease, Step
@@ -27,7 +28,7 @@ from cluster.core.job import ACTIVE, JobState, Wish
 from cluster.errors import Conflict, Fenced, NotFound
 from trainers.run.ports import Allowance, Assignment, Heartbeat, StepRow
 
-PROGRESS = frozenset({"stage", "ready", "evaluated"})
+PROGRESS = frozenset({"stage", "progress", "ready", "evaluated"})
 """Events that say that a stage was left behind: each stage has the whole limit for itself."""
 
 
@@ -115,7 +116,7 @@ class SqlJobStore:
 
     def commit_checkpoint(
         self, job_id: str, attempt: int, step: int, prefix: str, files: dict[str, str], metrics: dict[str, Any]
-    ) -> None:
+    ) -> list[str]:
         """Again for the same step: nothing changes."""
         with self._database.platform() as session:
             job = _owned(session, job_id, attempt)
@@ -131,10 +132,11 @@ class SqlJobStore:
             )
             made = session.scalar(statement.on_conflict_do_nothing().returning(Checkpoint.id))
             if made is None:
-                return
+                return []
             job.progress_at = func.clock_timestamp()
             data = {"id": made, "step": step, "metrics": metrics}
             append_event(session, job_id, NewEvent("checkpoint", f"checkpoint of step {step} is durable", data=data))
+            return drop_checkpoints(session, job, metrics.get("best_step"))
 
     def finish(
         self,

@@ -139,6 +139,7 @@ class Job(Table):
     granted: Mapped[dict[str, Any] | None]
     base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"))
     parent_version_id: Mapped[str | None] = mapped_column(ForeignKey("model_versions.id", use_alter=True))
+    parent_checkpoint_id: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.id", use_alter=True), index=True)
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
     environment_id: Mapped[str | None] = mapped_column(ForeignKey("environments.id"))

@@ -107,6 +107,12 @@ class Repository:
         found = self.session.scalar(versions)
         return found if found is not None else self._missing(ModelVersion, ref)
 
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """Locked, so that it is not let go of before the transaction ends. Raises `NotFound`."""
+        own = self._own(Checkpoint).where(Checkpoint.id == checkpoint_id)
+        found = self.session.scalar(own.with_for_update(read=True))
+        return found if found is not None else self._missing(Checkpoint, checkpoint_id)
+
     def set_alias(self, version: ModelVersion, alias: str) -> ModelAlias:
         """Promotes: the alias means this version from now on; what it meant before stays as history."""
         self._lock(f"alias {version.model_id} {alias}")

@@ -28,6 +28,7 @@ class Hyperparams(RequestBody):
         "lora_rank": "lora_r",
         "alpha": "lora_alpha",
         "dropout": "lora_dropout",
+        "rslora": "use_rslora",
         "max_length": "max_seq_len",
         "max_seq_length": "max_seq_len",
         "lr_scheduler_type": "lr_scheduler",
@@ -39,6 +40,7 @@ class Hyperparams(RequestBody):
     lora_r: int | None = Field(None, ge=1, le=512)
     lora_alpha: int | None = Field(None, ge=1, le=4096)
     lora_dropout: float | None = Field(None, ge=0, lt=1)
+    use_rslora: bool | None = Field(None, description="Scale the adapter by alpha/sqrt(r) instead of alpha/r.")
     target_modules: list[Module] | Literal["all-linear"] | None = None
     max_seq_len: int | None = Field(None, ge=8, le=1_048_576)
     lr_scheduler: Literal["cosine", "linear", "constant"] | None = None
@@ -50,9 +52,13 @@ class Hyperparams(RequestBody):
     eval_steps: int | None = Field(None, ge=1, le=10_000_000)
     overlength: Literal["truncate", "drop", "error"] | None = None
     beta: float | None = Field(None, gt=0, le=10, description="For `dpo`.")
-    packing: bool | None = None
-    early_stopping_patience: int | None = Field(None, ge=1, le=1000)
-    n_checkpoints: int | None = Field(None, ge=1, le=100)
+    packing: bool | None = Field(None, description="Several rows in one sequence. Left out: where it is exact.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, le=1000, description="Evaluations in a row without a lower validation loss, after which it ends."
+    )
+    n_checkpoints: int | None = Field(
+        None, ge=1, le=100, description="The last so many stay, and the best one. Left out: all."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,79 +1,98 @@
-"""From what a request says to resolved hyperparameters: defaults by kind of training, and what is not there yet."""
+"""From what a request says to resolved hyperparameters: which way of training, defaults by it, and what contradicts it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from app.schemas.finetune import FinetuneRequest
 from app.schemas.finetune import Hyperparams as Asked
 from cluster.errors import InvalidRequest
 from trainers.config import Hyperparams
 
-LR = {"lora": 2e-4, "full": 2e-5}
-NOT_YET = ("packing", "early_stopping_patience", "n_checkpoints")
-FIELDS_NOT_YET = ("validation_split", "entrypoint")
+CAUSAL_LM, CLASSIFICATION = "causal_lm", "sequence_classification"
+ROWS = {
+    "causal_lm": "messages, prompt and completion, or text",
+    "preference": "prompt, chosen and rejected",
+    "sequence_classification": "text and label",
+}
+"""The tasks that datasets are for, and what their rows hold."""
 
 
-def method_and_type(request: FinetuneRequest) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Way:
+    """How to train what."""
+
+    method: str
+    training_type: str
+    task: str
+
+    @property
+    def rows(self) -> str:
+        """The task of a dataset that this trains on."""
+        return "preference" if self.method == "dpo" else self.task
+
+    @property
+    def lr(self) -> float:
+        """The default of its learning rate."""
+        if self.method == "dpo":
+            return 1e-6 if self.training_type == "full" else 5e-6
+        return 2e-5 if self.training_type == "full" else 2e-4
+
+
+def way_of(request: FinetuneRequest) -> Way:
     """`lora`, `qlora` and `full` are also accepted as `method`. Raises `InvalidRequest`."""
     method, training_type = str(request.method), str(request.training_type or "") or None
     if method in ("lora", "qlora", "full"):
         if training_type not in (None, method):
-            raise InvalidRequest(
-                f"method {method} and training_type {training_type} contradict each other",
-                code="conflicting_fields",
-                param="training_type",
-                hint="Give training_type only.",
-            )
+            raise _conflict("training_type", f"method {method} and training_type {training_type} contradict each other")
         method, training_type = "sft", method
-    training_type = training_type or "lora"
-    if method != "sft":
-        raise _unsupported("method", method, "sft")
-    if training_type == "qlora":
-        raise _unsupported("training_type", training_type, "lora or full")
-    if request.task != "causal_lm":
+    if method == "custom":
         raise InvalidRequest(
-            f"task {request.task} cannot be trained by this version",
-            code="unsupported_task",
-            param="task",
-            hint="Use task causal_lm, with the label as the completion.",
+            "method custom cannot be trained by this version",
+            code="unsupported_method",
+            param="method",
+            hint="Use method sft or dpo.",
         )
-    return method, training_type
+    if method == "dpo" and request.task != CAUSAL_LM:
+        raise _conflict("task", f"method dpo trains the task {CAUSAL_LM}, not {request.task}")
+    return Way(method, training_type or "lora", request.task)
 
 
-def _unsupported(field: str, value: str, instead: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field} {value} cannot be trained by this version",
-        code="unsupported_method",
-        param=field,
-        hint=f"Use {field} {instead}.",
-    )
+def refuse_what_changes_nothing(request: FinetuneRequest, way: Way) -> None:
+    """A field that would change nothing is refused, not ignored. Raises `InvalidRequest`."""
+    asked = request.hyperparams
+    validates = request.validation_dataset_id is not None or request.validation_split is not None
+    if request.entrypoint is not None:
+        raise _idle("entrypoint", "method custom")
+    if asked.beta is not None and way.method != "dpo":
+        raise _idle("hyperparams.beta", "method dpo")
+    if asked.packing and way.task != CAUSAL_LM:
+        raise _idle("hyperparams.packing", f"task {CAUSAL_LM}")
+    if asked.use_rslora and way.training_type == "full":
+        raise _idle("hyperparams.use_rslora", "training_type lora and qlora")
+    if asked.early_stopping_patience is not None and not validates:
+        raise _idle("hyperparams.early_stopping_patience", "a validation_dataset_id or a validation_split")
+    if request.validation_dataset_id is not None and request.validation_split is not None:
+        raise _conflict("validation_split", "validation_dataset_id and validation_split both say what to validate on")
 
 
-def refuse_what_is_not_there(request: FinetuneRequest) -> None:
-    """A field that would change nothing is refused, not ignored."""
-    asked = request.hyperparams.model_dump(exclude_none=True)
-    named = [f"hyperparams.{field}" for field in NOT_YET if asked.get(field)]
-    named += [field for field in FIELDS_NOT_YET if getattr(request, field) is not None]
-    if named:
-        raise InvalidRequest(
-            f"{named[0]} is not supported by this version",
-            code="unsupported_field",
-            param=named[0],
-            hint="Leave it out."
-            if named[0] != "validation_split"
-            else "Upload the rows as a dataset of their own and name it in validation_dataset_id.",
-        )
-    if "beta" in asked:
-        raise InvalidRequest(
-            "beta belongs to the method dpo",
-            code="invalid_value",
-            param="hyperparams.beta",
-            hint="Leave it out for sft.",
-        )
-
-
-def resolve(asked: Asked, training_type: str) -> Hyperparams:
+def resolve(request: FinetuneRequest, way: Way) -> Hyperparams:
     """Nothing is left open but what the child decides from the data."""
-    given = asked.model_dump(exclude_none=True, exclude={"beta", *NOT_YET})
+    asked: Asked = request.hyperparams
+    given = asked.model_dump(exclude_none=True)
     if given.get("target_modules") == "all-linear":
         del given["target_modules"]
-    return Hyperparams(**{"lr": LR[training_type], **given})
+    return Hyperparams(**{"lr": way.lr, "validation_split": request.validation_split, **given})
+
+
+def _conflict(param: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, code="conflicting_fields", param=param, hint="Give one of the two only.")
+
+
+def _idle(param: str, owner: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{param} belongs to {owner}, and would change nothing here",
+        code="invalid_value",
+        param=param,
+        hint=f"Leave it out, or use {owner}.",
+    )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Dataset, Environment, Job, Model, ModelVersion, Node
+from app.db.ids import CHECKPOINT
+from app.db.models import BaseModel, Checkpoint, Dataset, Environment, Job, Model, ModelVersion, Node
 from app.db.repository import Repository
 from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
-from app.services.hyperparams import method_and_type, refuse_what_is_not_there, resolve
+from app.services.hyperparams import CLASSIFICATION, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
 from app.services.resources import Choice, ModelFacts, choose
 from app.settings import Settings
+from cluster.core.kinds import CPU
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from trainers.config import Hyperparams
 from trainers.run.architectures import read_shape
@@ -32,6 +34,7 @@ class Plan:
     training_type: str
     base: BaseModel
     parent: ModelVersion | None
+    checkpoint: Checkpoint | None
     dataset: Dataset
     validation: Dataset | None
     environment: Environment | None
@@ -41,7 +44,8 @@ class Plan:
     def estimate(self) -> dict[str, Any]:
         """Beside memory: how much there is to do."""
         epochs = self.hyperparams.epochs
-        steps = epochs * math.ceil(self.dataset.rows / self.hyperparams.batch_size)
+        rows = self.dataset.rows - self.hyperparams.held_out(self.dataset.rows)
+        steps = epochs * math.ceil(rows / self.hyperparams.batch_size)
         chars = self.dataset.report.get("chars", {}).get("total", 0)
         return {
             **self.choice.estimate.as_dict(),
@@ -63,31 +67,39 @@ class Plan:
 
 def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings: Settings) -> Plan:
     """Raises every error that makes a request unacceptable but permissions and quotas."""
-    method, training_type = method_and_type(request)
-    refuse_what_is_not_there(request)
+    way = way_of(request)
+    refuse_what_changes_nothing(request, way)
     repository = Repository(session, tenant)
-    base, parent = _base(repository, request.base_model, training_type)
-    dataset = _dataset(repository, request.dataset_id, "dataset_id")
+    base, parent, checkpoint = _begins_with(repository, request.base_model, way)
+    dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     validation = request.validation_dataset_id
-    hyperparams = resolve(request.hyperparams, training_type)
+    hyperparams = resolve(request, way)
+    _check_split(hyperparams, dataset)
     training = Training(
-        method=method,
-        training_type=training_type,
+        method=way.method,
+        training_type=way.training_type,
+        task=way.task,
+        batch_size=hyperparams.batch_size,
+        packing=hyperparams.packing is not False,
+        validates=bool(validation or hyperparams.validation_split),
         seq_len=sequence_length(hyperparams, dataset.max_chars, base.config or {}),
         lora_r=hyperparams.lora_r,
     )
     facts = ModelFacts(base.config or {}, base.parameters)
     fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
     choice = choose(request.resource_config, _nodes(session), facts, training, fallback)
-    choice = _without_idle_slots(hyperparams, choice)
+    choice = _without_idle_slots(hyperparams, _where_it_runs(way, choice))
     _check_budget(request, choice)
+    if not training.packs:
+        hyperparams = replace(hyperparams, micro_batch_size=choice.micro_batch)
     return Plan(
-        method=method,
-        training_type=training_type,
+        method=way.method,
+        training_type=way.training_type,
         base=base,
         parent=parent,
+        checkpoint=checkpoint,
         dataset=dataset,
-        validation=_dataset(repository, validation, "validation_dataset_id") if validation else None,
+        validation=_dataset(repository, validation, "validation_dataset_id", way) if validation else None,
         environment=_environment(repository, request.environment) if request.environment else None,
         hyperparams=hyperparams,
         choice=choice,
@@ -106,12 +118,37 @@ def _nodes(session: Session) -> list[Node]:
     return list(session.scalars(select(Node).where(Node.lost_at.is_(None)).order_by(Node.name)))
 
 
-def _base(repository: Repository, ref: str, training_type: str) -> tuple[BaseModel, ModelVersion | None]:
+def _begins_with(
+    repository: Repository, ref: str, way: Way
+) -> tuple[BaseModel, ModelVersion | None, Checkpoint | None]:
+    if not ref.startswith(CHECKPOINT):
+        return *_base(repository, ref, way), None
+    checkpoint = _named(repository.checkpoint, ref, "base_model")
+    job = repository.job(checkpoint.job_id)
+    if job.task != way.task:
+        raise _other_task(ref, job.task, way)
+    if (job.training_type == "full") != (way.training_type == "full"):
+        raise InvalidRequest(
+            f"{ref} is of a job with training_type {job.training_type} and can only be continued as such",
+            code="unsupported_continuation",
+            param="training_type",
+            hint="Use the same training_type, or start from the job's model once it is there.",
+        )
+    parent = repository.session.get(ModelVersion, job.parent_version_id) if job.parent_version_id else None
+    stands_on = parent if parent is not None and parent.kind == "model" else None
+    if stands_on is not None and stands_on.deleted_at is not None:
+        raise NotFound(
+            f"the tuned model that {ref} stands on was deleted", code="base_model_not_found", param="base_model"
+        )
+    return repository.base_model(job.base_model_id), stands_on, checkpoint
+
+
+def _base(repository: Repository, ref: str, way: Way) -> tuple[BaseModel, ModelVersion | None]:
     """A base model, or a tuned version to continue from with the base that it stands on."""
     try:
         base = repository.base_model(ref)
     except NotFound:
-        return _tuned(repository, ref, training_type)
+        return _tuned(repository, ref, way)
     if base.status != "ready":
         reason = f": {base.error['message']}" if base.error else ""
         raise Conflict(
@@ -120,10 +157,23 @@ def _base(repository: Repository, ref: str, training_type: str) -> tuple[BaseMod
             param="base_model",
             hint="Wait until `heliostat base-model ls` shows it as ready, or name another one.",
         )
+    if way.task != CLASSIFICATION and _only_encodes(base.config or {}):
+        raise InvalidRequest(
+            f"base model {base.name} encodes text and writes none, so it can learn to classify only",
+            code="base_model_not_causal",
+            param="base_model",
+            hint=f"Use task {CLASSIFICATION} with rows of text and label, or a causal language model.",
+        )
     return base, None
 
 
-def _tuned(repository: Repository, ref: str, training_type: str) -> tuple[BaseModel, ModelVersion]:
+def _only_encodes(config: dict[str, Any]) -> bool:
+    """BERT and its like, as `trainers.child.convert` takes them."""
+    architecture = next(iter(config.get("architectures") or []), "")
+    return architecture.endswith(("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "Model"))
+
+
+def _tuned(repository: Repository, ref: str, way: Way) -> tuple[BaseModel, ModelVersion]:
     try:
         version = repository.model_version(ref)
     except NotFound:
@@ -141,7 +191,9 @@ def _tuned(repository: Repository, ref: str, training_type: str) -> tuple[BaseMo
     if version.deleted_at is not None:
         raise NotFound(f"model {ref[:120]!r} was deleted", code="base_model_not_found", param="base_model")
     job = repository.job(version.job_id)
-    if version.kind == "adapter" and (training_type == "full" or _stands_on_full(repository, job)):
+    if job.task != way.task:
+        raise _other_task(ref, job.task, way)
+    if version.kind == "adapter" and (way.training_type == "full" or _stands_on_full(repository, job)):
         raise InvalidRequest(
             f"{ref[:120]} is an adapter that this version can only continue as lora on its own base model",
             code="unsupported_continuation",
@@ -149,6 +201,15 @@ def _tuned(repository: Repository, ref: str, training_type: str) -> tuple[BaseMo
             hint="Use training_type lora, or start from the base model.",
         )
     return repository.base_model(job.base_model_id), version
+
+
+def _other_task(ref: str, task: str, way: Way) -> InvalidRequest:
+    return InvalidRequest(
+        f"{ref[:120]} was trained for the task {task}, the request is for {way.task}",
+        code="unsupported_continuation",
+        param="base_model",
+        hint=f"Use task {task}, or start from the base model.",
+    )
 
 
 def _stands_on_full(repository: Repository, job: Job) -> bool:
@@ -159,27 +220,46 @@ def _stands_on_full(repository: Repository, job: Job) -> bool:
     return parent.kind == "model" or _stands_on_full(repository, repository.job(parent.job_id))
 
 
-def _dataset(repository: Repository, ref: str, param: str) -> Dataset:
+def _dataset(repository: Repository, ref: str, param: str, way: Way) -> Dataset:
     dataset = _named(repository.dataset, ref, param)
     # Shared: it cannot be deleted between this look and the insertion of the job.
     repository.session.refresh(dataset, with_for_update={"read": True})
     if dataset.deleted_at is not None:
         raise NotFound(f"dataset {ref[:120]!r} was deleted", code="dataset_not_found", param=param)
-    if dataset.task == "preference":
+    if dataset.task != way.rows:
+        trains = {"preference": "method dpo", CLASSIFICATION: f"task {CLASSIFICATION}"}.get(dataset.task, "method sft")
         raise InvalidRequest(
-            f"dataset {dataset.name} has preference rows, which train with the method dpo; this version has sft only",
-            code="unsupported_method",
-            param=param,
-            hint="Use a dataset of messages, prompt and completion, or text.",
-        )
-    if dataset.task != "causal_lm":
-        raise InvalidRequest(
-            f"dataset {dataset.name} is for the task {dataset.task}, the request for causal_lm",
+            f"dataset {dataset.name} has rows with {ROWS[dataset.task]}, this training takes {ROWS[way.rows]}",
             code="dataset_task_mismatch",
             param=param,
-            hint="Upload the rows with prompt and completion, or messages.",
+            hint=f"Use {trains}, or another dataset.",
         )
     return dataset
+
+
+def _check_split(hyperparams: Hyperparams, dataset: Dataset) -> None:
+    if hyperparams.validation_split is not None and dataset.rows < 2:
+        raise InvalidRequest(
+            f"dataset {dataset.name} has one row, which cannot be split",
+            code="invalid_value",
+            param="validation_split",
+            hint="Leave it out, or upload more rows.",
+        )
+
+
+def _where_it_runs(way: Way, choice: Choice) -> Choice:
+    """4-bit weights need a GPU's kernels."""
+    if way.training_type != "qlora":
+        return choice
+    on_gpus = choice.only(lambda shape: CPU not in shape.kinds)
+    if not on_gpus.options:
+        raise InvalidRequest(
+            "qlora needs a GPU, and this job would run on cpu slots",
+            code="qlora_unsupported",
+            param="training_type",
+            hint="Use training_type lora, or ask for a gpu_type that is here.",
+        )
+    return on_gpus
 
 
 def _environment(repository: Repository, ref: str) -> Environment:

@@ -215,6 +215,7 @@ def _row(caller: Caller, request: FinetuneRequest, plan: Plan) -> JobRow:
         estimate=plan.estimate(),
         base_model_id=plan.base.id,
         parent_version_id=plan.parent.id if plan.parent else None,
+        parent_checkpoint_id=plan.checkpoint.id if plan.checkpoint else None,
         dataset_id=plan.dataset.id,
         validation_dataset_id=plan.validation.id if plan.validation else None,
         environment_id=plan.environment.id if plan.environment else None,

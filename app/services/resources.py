@@ -40,6 +40,11 @@ class Choice:
         """Of the best one."""
         return self.options[0][1]
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows in one forward pass that every one of them has room for."""
+        return min(estimate.micro_batch for _, estimate in self.options)
+
     def only(self, fits: Callable[[Shape], bool]) -> Choice:
         """Perhaps with nothing left."""
         return replace(self, options=tuple(option for option in self.options if fits(option[0])))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from trainers.child.folders import aside, publish
 from trainers.child.model import Loaded
+from trainers.child.outputs.card import Card, model_card
 from trainers.config import TrainConfig
 
 
@@ -15,6 +15,8 @@ def save_model(model: Any, folder: Path) -> None:
     """Weights and configuration; a checkpoint and an artifact hold them alike."""
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, save_embedding_layers=False)
+        if model.peft_config["default"].task_type == "SEQ_CLS":
+            model.config.save_pretrained(folder)  # the names of the classes
     else:
         model.save_pretrained(folder)
 
@@ -33,21 +35,20 @@ def write_artifact(loaded: Loaded, config: TrainConfig, metrics: dict[str, Any])
 
 
 def _readme(config: TrainConfig, base: str, loaded: Loaded, metrics: dict[str, Any]) -> str:
-    kind = "LoRA adapter" if config.training_type == "lora" else "model"
-    lineage = {
-        "base_model": base,
-        "method": config.method,
-        "training_type": config.training_type,
-        "precision": loaded.precision,
-        "world_size": config.world_size,
-        "hyperparams": config.to_dict()["hyperparams"],
-        "metrics": metrics,
-        **config.metadata,
-    }
-    header = (
-        f"---\nbase_model: {json.dumps(base)}\n" + ("library_name: peft\n" if kind == "LoRA adapter" else "") + "---\n"
-    )
     added = (
-        "\nThe base model had no chat template; ChatML was used and is stored here.\n" if loaded.template_added else ""
+        "The base model had no chat template; ChatML was used and is stored here." if loaded.template_added else None
     )
-    return f"{header}# {kind} tuned from {base}\n{added}\n```json\n{json.dumps(lineage, indent=2, default=str)}\n```\n"
+    return model_card(
+        Card(
+            base=base,
+            method=config.method,
+            training_type=config.training_type,
+            precision=loaded.precision,
+            task=config.task,
+            world_size=config.world_size,
+            hyperparams=config.to_dict()["hyperparams"],
+            metrics=metrics,
+            metadata=config.metadata,
+            note=added,
+        )
+    )

@@ -100,10 +100,12 @@ def step_of(path: Path) -> int:
 
 
 def identity_of(config: TrainConfig, precision: str) -> str:
-    """A digest of what makes the numbers of a run. Threads and processor belong to it too, but a checkpoint may move."""
+    """A digest of what makes the numbers of a run. Threads and processor belong to it too, but a checkpoint may move; the
+    micro-batch changes rounding only, and a run that was short of memory goes on with a smaller one."""
+    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key != "micro_batch_size"}
     parts = {
         "data": file_sha256(Path(config.train_file)),
-        "hyperparams": asdict(config.hyperparams),
+        "hyperparams": hyper,
         "method": [config.method, config.training_type, precision],
         "world_size": config.world_size,
     }

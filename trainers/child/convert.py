@@ -35,6 +35,8 @@ KEPT = (
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 MAX_HEADER_BYTES = 100 << 20
+ENCODES = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "Model")
+"""Ends of the names of architectures that write no text: base models of classifiers."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Report:
     architecture: str
     config: dict[str, Any]
     chat_template_source: str
-    """model, option or chatml."""
+    """model, option or chatml; none for an encoder, which has no conversations."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -66,7 +68,8 @@ def convert(source: str, out: Path, chat_template: str | None = None) -> Report:
             "Give the path of a Hugging Face folder or of a GGUF file that exists on this machine.",
         )
     config = _check_config(out)
-    template, warnings = _settle_template(out, chat_template)
+    encodes = config["architectures"][0].endswith(ENCODES)
+    template, warnings = ("none", []) if encodes else _settle_template(out, chat_template)
     return Report(count_parameters(out.glob("*.safetensors")), config["architectures"][0], config, template, warnings)
 
 
@@ -136,23 +139,41 @@ def _fetch(hub_id: str) -> Path:
 
 
 def _check_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a causal language model that the installed transformers knows, without code of its own."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    """The configuration of a causal language model, or of an encoder that can be made to classify, that the installed
+    transformers knows, without code of its own."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()) if kind in CONFIG_MAPPING_NAMES else ()
-    known = [names] if isinstance(names, str) else list(names)
+    known = _architectures(kind)
     architectures = config.setdefault("architectures", known[:1])
     if "auto_map" in config or not architectures or architectures[0] not in known:
-        message = f"A {kind!r} model ({architectures}) is no causal language model that transformers knows by itself."
+        message = (
+            f"A {kind!r} model ({architectures}) is no language model or encoder that transformers knows by itself."
+        )
         hint = "Code that comes with a model is never run here. Use a model that transformers supports."
         raise _refused("model_unsupported", message, hint)
     if "quantization_config" in config:
         message = f"The weights are quantised ({config['quantization_config'].get('quant_method', 'unknown method')})."
         raise _refused("model_unsupported", message, "Add the model as it was before it was quantised.")
     return config
+
+
+def _architectures(kind: Any) -> list[str]:
+    """What a model of this type may call itself: a causal language model, or, where it can classify, an encoder."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        return []
+    mappings = [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        mappings += [
+            modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            modeling_auto.MODEL_MAPPING_NAMES,
+        ]
+    found = [mapping.get(kind, ()) for mapping in mappings]
+    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
 
 
 def _settle_template(folder: Path, option: str | None) -> tuple[str, list[str]]:

@@ -39,7 +39,7 @@ def make_engine(loss: SummedLoss, config: TrainConfig, world: World, micro_batch
 
 
 def _adamw(parameters: list[torch.Tensor], hyper: Hyperparams) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=hyper.lr, weight_decay=hyper.weight_decay)
+    return torch.optim.AdamW(parameters, lr=hyper.lr, weight_decay=hyper.weight_decay, fused=True)
 
 
 class PlainEngine:

@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 
 from trainers.child.control import Control
 from trainers.child.data import IGNORED, TOKENS_PER_FORWARD, Encoded, Example, encode, encode_row
-from trainers.child.loss import SummedLoss, collate
+from trainers.child.loss import SummedLoss
 from trainers.child.model import Loaded
+from trainers.child.packing import PACKED_TOKENS
 from trainers.child.render import Row, question
 from trainers.child.world import World
 from trainers.config import TrainConfig
@@ -100,13 +101,13 @@ class Evaluator:
 
     def _mean_loss(self, encoded: Encoded) -> float:
         examples = sorted(encoded.examples, key=lambda example: len(example.ids))
-        size = max(1, min(MAX_BATCH, TOKENS_PER_FORWARD // encoded.max_seq_len))
+        room = PACKED_TOKENS if self._loss.packs else TOKENS_PER_FORWARD
+        size = max(1, min(MAX_BATCH, room // encoded.max_seq_len))
         total = sum(self._summed([examples[i] for i in batch]) for batch in self._batches(len(examples), size))
         return self._world.sum(total)[0] / sum(example.loss_tokens for example in examples)
 
     def _summed(self, examples: Sequence[Example]) -> float:
-        ids, labels = collate(examples, self._tokenizer.pad_token_id)
-        return float(self._loss(ids.to(self._world.device), labels.to(self._world.device)))
+        return float(self._loss(self._loss.piece(examples, self._tokenizer.pad_token_id)))
 
     def _exact_match(self, validation: Validation) -> float:
         ordered = sorted(validation.asked, key=lambda one: len(one.ids))

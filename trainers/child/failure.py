@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 MAX_MESSAGE_CHARS = 2000
@@ -36,19 +37,33 @@ def describe(error: BaseException) -> TrainFailure:
     if isinstance(error, TrainFailure):
         return error
     text = f"{type(error).__name__}: {error}".strip()
-    if _is_memory(error):
+    if is_memory(error):
         return TrainFailure(
             "out_of_memory",
             f"The training ran out of memory: {text}",
             hint="Lower batch_size or max_seq_len, use training_type lora, or ask for more memory.",
         )
+    if _is_disk(error):
+        hint = "Free some space on the node's disk. The last checkpoint is whole: the job goes on from it."
+        return TrainFailure("disk_full", f"There is no room left to write to: {text}", hint=hint, fixable_by="operator")
+    if "TemplateError" in {kind.__name__ for kind in type(error).__mro__}:
+        hint = "Most templates want user and assistant to take turns, and a system turn first if at all."
+        return TrainFailure("row_not_renderable", f"The chat template refuses a row: {error}", hint=hint)
     if isinstance(error, OSError):
         return TrainFailure("io_error", f"A file could not be read or written: {text}", fixable_by="operator")
     hint = "The log has the traceback. If the data and the environment are right, this is a bug."
     return TrainFailure("training_error", f"The training code failed: {text}", hint=hint, fixable_by="operator")
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_disk(error: BaseException) -> bool:
+    """Also as safetensors and torch tell it, which raise errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = ("no space left on device", "pytorchstreamwriter failed writing", "unexpected pos")
+    return any(words in str(error).lower() for words in said)
+
+
+def is_memory(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     if "MemoryError" in names or "OutOfMemoryError" in names:
         return True

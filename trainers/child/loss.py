@@ -1,62 +1,137 @@
-"""The summed cross-entropy of a causal language model, with logits only where there is loss."""
+"""The cross-entropy of a causal language model over rows of tokens, with logits only where there is loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 import torch
 from torch.nn import functional as F
 
-from trainers.child.data import IGNORED, Example
+from trainers.child.data import Example
+from trainers.child.head import token_losses
+from trainers.child.packing import Piece, packed, padded, visible
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """(ids, labels), padded on the right to the longest. A causal model never looks at what is right of a token, so the
-    padding needs no mask. No example: one position without loss, so that every rank runs every forward."""
-    length = max((len(example.ids) for example in examples), default=2)
-    ids = [example.ids + [pad] * (length - len(example.ids)) for example in examples] or [[pad] * length]
-    labels = [example.labels + [IGNORED] * (length - len(example.ids)) for example in examples] or [[IGNORED] * length]
-    return torch.tensor(ids), torch.tensor(labels)
+PROBE = (Example([1, 2, 3, 4, 5, 6], []), Example([1, 2, 3, 7, 8, 9, 10, 11], []))
+"""Two rows that begin alike."""
 
 
 class SummedLoss(torch.nn.Module):
-    """forward(ids, labels) → the sum over all loss tokens; the caller divides by the number of them in the whole batch."""
+    """forward(piece) → the sum over all loss tokens; the caller divides by the number of them in the whole batch."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self.splits = False
+        self.packs = False
+        self._shares = not _draws(model)
 
-    def find_split(self) -> None:
-        """Whether the head over the inner model's hidden states gives the model's own logits. Some architectures scale or
-        cap them; those take the long way."""
-        self.splits = False
+    def find_shortcuts(self, *, packing: Optional[bool] = None, max_seq_len: int = 0) -> None:
+        """Tried once on two short rows: whether the head over the inner model's hidden states gives the model's own logits
+        (some architectures scale or cap them), and whether packed rows have the logits of padded ones. `packing` False: not
+        asked for. `max_seq_len`: tokens of the longest row; a mask of ours knows no sliding window."""
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            whole = self._logits(padded(PROBE, 0))
+            wanted = packing is not False and not _windowed(self._base().config, max_seq_len)
+            self.splits = self.packs = wanted and self._packs_alike(whole, self._split_logits)
+            if not self.packs:
+                self.splits = _alike(whole, self._split_logits(padded(PROBE, 0)))
+            if wanted and not self.splits:
+                self.packs = self._packs_alike(whole, self._logits)
+        self.train(training)
+
+    def _packs_alike(self, whole: torch.Tensor, logits: Callable[[Piece], Optional[torch.Tensor]]) -> bool:
+        first, second = (len(example.ids) for example in PROBE)
+        piece = packed(PROBE, share=True)
+        places = [*range(first), 0, 1, 2, *range(first, len(piece.ids[0]))]
+        try:
+            found = logits(piece)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False  # an architecture that takes neither a mask of ours nor positions
+        return found is not None and _alike(torch.cat([whole[:first], whole[second:]]), found[places])
+
+    def piece(self, examples: Sequence[Example], pad: int) -> Piece:
+        """One row alone needs no mask of ours: attention then skips what lies ahead of a token."""
+        return packed(examples, share=self._shares) if self.packs and len(examples) > 1 else padded(examples, pad)
+
+    def forward(self, piece: Piece) -> torch.Tensor:
+        return self._token_losses(piece).sum()
+
+    def row_losses(self, piece: Piece, rows: int) -> torch.Tensor:
+        """[rows], each the sum over its loss tokens."""
+        losses = self._token_losses(piece)
+        if not piece.rows:
+            return losses.new_zeros(rows) + losses
+        return losses.new_zeros(rows).index_add(
+            0, torch.tensor(piece.rows, dtype=torch.long, device=losses.device), losses
+        )
+
+    def _token_losses(self, piece: Piece) -> torch.Tensor:
+        """[loss tokens] fp32, in the piece's order."""
+        device = self._base().device
+        sources, targets = (
+            torch.tensor(one, dtype=torch.long, device=device) for one in (piece.sources, piece.targets)
+        )
+        if self.splits:
+            hidden = self._hidden(piece)
+            if piece.sources:
+                return token_losses(hidden[sources], self._base().get_output_embeddings(), targets)
+        else:
+            hidden = self._logits(piece)
+            if piece.sources:
+                return F.cross_entropy(hidden[sources].float(), targets, reduction="none")
+        return hidden.float().sum()[None] * 0.0  # keeps every parameter in the graph
+
+    def _hidden(self, piece: Piece) -> torch.Tensor:
+        """[places, hidden] from the model without its head."""
+        base = self._base()
+        hidden: torch.Tensor = getattr(base, base.base_model_prefix)(**self._inputs(piece))[0].flatten(0, 1)
+        return hidden
+
+    def _logits(self, piece: Piece) -> torch.Tensor:
+        """[places, vocabulary]"""
+        logits: torch.Tensor = self.model(**self._inputs(piece)).logits.flatten(0, 1)
+        return logits
+
+    def _split_logits(self, piece: Piece) -> Optional[torch.Tensor]:
+        """As `_logits`; None where the model has no inner model or no head."""
         base = self._base()
         inner, head = getattr(base, base.base_model_prefix, None), base.get_output_embeddings()
-        if inner is None or inner is base or head is None:
-            return
-        ids = torch.arange(1, 9, device=base.device).unsqueeze(0) % base.config.get_text_config().vocab_size
-        with torch.no_grad():
-            whole = base(input_ids=ids, use_cache=False).logits
-            short = head(inner(input_ids=ids, use_cache=False)[0])
-        self.splits = whole.shape == short.shape and torch.allclose(whole.float(), short.float(), rtol=1e-2, atol=1e-2)
+        return None if inner is None or inner is base or head is None else head(self._hidden(piece))
 
-    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        wanted = labels[:, 1:] != IGNORED
+    def _inputs(self, piece: Piece) -> "dict[str, Any]":
         base = self._base()
-        if self.splits:
-            hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False)[0][:, :-1]
-            logits = base.get_output_embeddings()(hidden[wanted])
-        else:
-            hidden = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
-            logits = hidden[wanted]
-        if not wanted.any():
-            return hidden.float().sum() * 0.0  # keeps every parameter in the graph
-        return F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum")
+        inputs = {"input_ids": torch.tensor(piece.ids, device=base.device), "use_cache": False}
+        if piece.parents is not None:
+            mask = torch.from_numpy(visible(piece.parents)).to(base.device)
+            hidden = torch.zeros(mask.shape, dtype=base.dtype, device=base.device)
+            inputs["attention_mask"] = hidden.masked_fill_(~mask, torch.finfo(base.dtype).min)[None, None]
+            inputs["position_ids"] = torch.tensor([piece.positions], device=base.device)
+        return inputs
 
     def _base(self) -> Any:
         """The causal model itself; LoRA's layers live inside it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+
+def _alike(wanted: torch.Tensor, found: Optional[torch.Tensor]) -> bool:
+    """But for rounding."""
+    if found is None or wanted.shape != found.shape:
+        return False
+    tolerance = 1e-3 if wanted.dtype == torch.float32 else 2e-2
+    return float((wanted.float() - found.float()).norm()) <= tolerance * float(wanted.float().norm())
+
+
+def _draws(model: Any) -> bool:
+    """Whether a forward pass in training draws random numbers: what rows share would be drawn once for all of them."""
+    of_attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
+    return of_attention > 0 or any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in model.modules())
+
+
+def _windowed(config: Any, max_seq_len: int) -> bool:
+    """Whether a row is longer than what some layer looks back over."""
+    names = ("sliding_window", "attention_chunk_size")
+    windows = [getattr(config.get_text_config(), name, None) for name in names]
+    return any(window is not None and max_seq_len > window for window in windows)

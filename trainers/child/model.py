@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,27 @@ def load(config: TrainConfig, device: str) -> Loaded:
     drawn from the seed. Raises TrainFailure."""
     precision = resolve_precision(config)
     tokenizer, template_added = load_tokenizer(config.base_model)
-    folder = config.base_model
+    model = load_weights(weights_folder(config), precision, **quantized(config, device))
+    if config.training_type != "qlora":  # which is where it belongs already
+        model.to(device)
+    return Loaded(adapt(model, config), tokenizer, precision, template_added)
+
+
+def weights_folder(config: TrainConfig) -> str:
+    """Where all weights come from that no adapter holds."""
     if config.training_type == "full" and config.resume_from:
-        folder = config.resume_from
-    model = load_weights(folder, precision)
-    model.to(device)
-    model = _lora(model, config) if config.training_type == "lora" else _full(model, config)
-    return Loaded(model, tokenizer, precision, template_added)
+        return config.resume_from
+    start = Path(config.adapter) if config.adapter else None
+    return str(start) if start is not None and not _is_adapter(start) else config.base_model
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapt(model: Any, config: TrainConfig, **lora: Any) -> Any:
+    """With what is to be trained: an adapter (`lora`: more fields of its configuration), or all weights."""
+    return _full(model, config) if config.training_type == "full" else _lora(model, config, **lora)
 
 
 def load_tokenizer(folder: str) -> tuple[Any, bool]:
@@ -71,13 +86,33 @@ def load_tokenizer(folder: str) -> tuple[Any, bool]:
     return tokenizer, True
 
 
-def load_weights(folder: str, precision: str) -> Any:
-    """A causal model in the run's precision; safetensors only, since other formats run code when they are read."""
+def quantized(config: TrainConfig, device: str) -> dict[str, Any]:
+    """How `from_pretrained` is told to put the base into 4 bits (NF4, arXiv:2305.14314). Raises TrainFailure where that cannot
+    be done."""
+    if config.training_type != "qlora":
+        return {}
+    missing = "bitsandbytes is not in the environment" if importlib.util.find_spec("bitsandbytes") is None else None
+    reason = "it needs a GPU" if device == "cpu" else missing
+    if reason is not None:
+        hint = "Use training_type lora, or run it on a GPU in an environment with `bitsandbytes` under pip."
+        raise TrainFailure("qlora_unsupported", f"qlora cannot be trained here: {reason}.", hint=hint)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if resolve_precision(config) == "bf16" else torch.float32,
+    )
+    return {"quantization_config": four_bits, "device_map": {"": device}}
+
+
+def load_weights(folder: str, precision: str, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """A model in the run's precision, a causal one unless `kind` is another Auto class; safetensors only, since other formats
+    run code when they are read."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # the name of the argument changed in transformers 4.56
     key = "dtype" if _version() >= (4, 56) else "torch_dtype"
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, **{key: dtype})
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **{key: dtype}, **options)
     except (OSError, ValueError) as error:
         hint = "Add the base model again; `heliostat base-model add` checks what it takes."
         raise TrainFailure(
@@ -90,10 +125,17 @@ def _version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _lora(model: Any, config: TrainConfig) -> Any:
+def _lora(model: Any, config: TrainConfig, **more: Any) -> Any:
     start = config.resume_from or config.adapter
     if start:
-        return PeftModel.from_pretrained(model, start, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=False)
+        except RuntimeError as error:  # other shapes
+            raise TrainFailure(
+                "adapter_does_not_fit",
+                f"The adapter to go on from does not fit this model and these rows: {error}",
+                hint="Start from the base model; a classifier can be continued with the same labels only.",
+            ) from error
     hyper = config.hyperparams
     torch.manual_seed(hyper.seed)  # the same adapter on every rank
     lora = LoraConfig(
@@ -101,16 +143,17 @@ def _lora(model: Any, config: TrainConfig) -> Any:
         lora_alpha=hyper.lora_alpha,
         lora_dropout=hyper.lora_dropout,
         target_modules=hyper.target_modules or "all-linear",
-        task_type="CAUSAL_LM",
+        use_rslora=hyper.use_rslora,
+        **{"task_type": "CAUSAL_LM", **more},
     )
     try:
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         hint = "Check target_modules against the names of the model's layers, or leave it out."
         raise TrainFailure("lora_not_applicable", f"LoRA does not fit this model: {error}", hint=hint) from error
 
 
 def _full(model: Any, config: TrainConfig) -> Any:
-    if config.adapter and not config.resume_from:
+    if config.adapter and not config.resume_from and _is_adapter(Path(config.adapter)):
         model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
     return model.requires_grad_(True)

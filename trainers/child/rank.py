@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import random
 from types import ModuleType
@@ -38,15 +37,24 @@ def _run(config: TrainConfig, rank: int, size: int, control: Control) -> None:
     make_deterministic(config)
     world = join(rank, size, config.devices)
     control.join(world)
-    recipe(config.method).run(config, world, control, memory)
+    recipe(config).run(config, world, control, memory)
 
 
-def recipe(method: str) -> ModuleType:
+RECIPES = {
+    ("sft", "causal_lm"): "sft",
+    ("dpo", "causal_lm"): "dpo",
+    ("sft", "sequence_classification"): "classify",
+}
+
+
+def recipe(config: TrainConfig) -> ModuleType:
     """The recipe's module: `run(config, world, control, memory)`."""
-    name = f"trainers.child.recipes.{method}"
-    if not method.isidentifier() or importlib.util.find_spec(name) is None:
-        raise TrainFailure("method_unsupported", f"There is no recipe {method!r}.", hint="Use method sft.")
-    return importlib.import_module(name)
+    name = RECIPES.get((config.method, config.task))
+    if name is None:
+        hint = f"There are: {', '.join(f'{method} with task {task}' for method, task in RECIPES)}."
+        message = f"There is no recipe for method {config.method!r} with task {config.task!r}."
+        raise TrainFailure("method_unsupported", message, hint=hint)
+    return importlib.import_module(f"trainers.child.recipes.{name}")
 
 
 def make_deterministic(config: TrainConfig) -> None:

@@ -86,7 +86,8 @@ def _turn(row: Row, messages: list[dict[str, Any]], index: int, tokenizer: Any, 
     if index == 0:
         return None  # many templates refuse to render no message at all
     before = template(row, messages[:index], tokenizer, ask=True)
-    after = template(row, messages[: index + 1], tokenizer).rstrip()
+    last = index + 1 == len(messages)
+    after = (whole if last else template(row, messages[: index + 1], tokenizer)).rstrip()
     if not whole.startswith(after) or not after.startswith(before):
         return None
     return len(before), len(after)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -19,6 +20,8 @@ from trainers.run.ports import DriverStore, StepRow
 from trainers.run.records import RecordWriter
 
 LEVELS = ("info", "warning", "error")
+PROGRESS_S = 30.0
+"""Between two events of the same long pass."""
 
 
 class Intent(StrEnum):
@@ -57,22 +60,26 @@ class RunClock:
         return self._ran_s + (self._clock() - self._since if self._since is not None else 0.0)
 
 
-class Conversation:
-    """`on_end` is told the outcome once the worker's last word is there; `on_turn` that the child has parked or gone on."""
+@dataclass(frozen=True)
+class Listeners:
+    """`end` is told the outcome once the worker's last word is there; `turn` that the child has parked or gone on; `gone` the
+    prefix of a checkpoint that is kept no longer."""
 
-    def __init__(
-        self,
-        job: tuple[str, int],
-        store: DriverStore,
-        writer: RecordWriter,
-        on_end: Callable[[Outcome], None],
-        on_turn: Callable[[], None],
-    ) -> None:
+    end: Callable[[Outcome], None]
+    turn: Callable[[], None]
+    gone: Callable[[str], None]
+
+
+class Conversation:
+    """One attempt's."""
+
+    def __init__(self, job: tuple[str, int], store: DriverStore, writer: RecordWriter, listeners: Listeners) -> None:
         self._job = job
         self._store = store
         self._writer = writer
-        self._on_end = on_end
-        self._on_turn = on_turn
+        self._on_end = listeners.end
+        self._on_turn = listeners.turn
+        self._on_gone = listeners.gone
         self._orders: collections.deque[Order] = collections.deque()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -168,6 +175,14 @@ class Conversation:
         self.hello = {name: value for name, value in record.items() if name not in ("type", "at", "pid")}
         self._since("imports", record, "spawned")
 
+    def _progress(self, record: Record) -> None:
+        """Of a long pass before the first step: now and then, so that it is not taken for one that hangs."""
+        now = record["at"]
+        if now - self._at.get("progress", 0.0) >= PROGRESS_S:
+            self._at["progress"] = now
+            what, done, total = record["what"][:200], record["done"], record["total"]
+            self.event("progress", f"{what}: {done} of {total} rows", {"what": what, "done": done, "total": total})
+
     def _ready(self, record: Record) -> None:
         self._at["ready"] = record["at"]
         self.ready = {name: value for name, value in record.items() if name not in ("type", "at")}
@@ -201,10 +216,12 @@ class Conversation:
         """The child may let go of older checkpoints only when the row is there."""
 
         def commit() -> None:
-            self._store.commit_checkpoint(
+            gone = self._store.commit_checkpoint(
                 *self._job, record["step"], record["prefix"], record["files"], record["metrics"]
             )
             self._orders.append({"order": "saved", "step": record["step"]})
+            for prefix in gone:
+                self._on_gone(prefix)
 
         self._writer.submit(commit)
 
@@ -254,6 +271,7 @@ class Conversation:
     _HANDLERS: dict[str, Callable[[Conversation, Record], None]] = {  # noqa: RUF012
         "spawned": _spawned,
         "hello": _hello,
+        "progress": _progress,
         "ready": _ready,
         "evaluated": _evaluated,
         "log": _log,

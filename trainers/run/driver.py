@@ -14,7 +14,8 @@ from typing import Any
 
 from cluster.core.job import JobState, Wish
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from trainers.run.conversation import Conversation, Intent
+from cluster.storage.objects import ObjectStore
+from trainers.run.conversation import Conversation, Intent, Listeners
 from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
 from trainers.run.ports import Assignment
@@ -44,9 +45,8 @@ class JobDriver:
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._writer = RecordWriter(parts.settings.max_waiting_records, self._on_fenced, self._on_broken)
         self._woken = threading.Event()
-        self._conversation = Conversation(
-            self._job, parts.store, self._writer, on_end=self._outcomes.put, on_turn=self.nudge
-        )
+        listeners = Listeners(self._outcomes.put, self.nudge, self._discard)
+        self._conversation = Conversation(self._job, parts.store, self._writer, listeners)
         self._turns = Turns(
             self._conversation, TurnActions(self._give_way, self._free_slots), parts.settings.yield_grace_s
         )
@@ -170,6 +170,13 @@ class JobDriver:
             parks = self._assignment is not None and self._assignment.kind == CPU
             self._turns.follow(beat, parks, time.monotonic())
 
+    def _discard(self, prefix: str) -> None:
+        """Of a checkpoint whose row is gone. What cannot be deleted now only takes room."""
+        try:
+            ObjectStore(self._settings.storage_url).delete_prefix(prefix)
+        except (HeliostatError, OSError) as error:
+            log.warning("the objects of %s stay though nothing names them: %s", prefix, error)
+
     def _give_way(self) -> None:
         self._stop(Intent.SUSPEND)
 
@@ -240,6 +247,7 @@ class JobDriver:
             **lineage(self._assignment),
             "hyperparams": dataclasses.asdict(self._assignment.hyperparams),
             "method": self._assignment.method,
+            "task": self._assignment.task,
             "training_type": self._assignment.training_type,
             "code_version": importlib.metadata.version("heliostat"),
             "attempt": self._assignment.attempt,

@@ -1,7 +1,7 @@
 """How much accelerator memory a training needs, and the smallest set of slots that has it. Pure: from a model's config.
 
 Two estimates: `model` (from the architecture and the way of training; decides where the config can be read) and `rule`
-(parameters × 4 bytes × 2.5; the fallback). GiB everywhere; weights, gradients, optimizer as in arXiv:1910.02054 §3."""
+(parameters × 4 bytes × 2.5; the fallback). GiB everywhere."""
 
 from __future__ import annotations
 
@@ -13,35 +13,19 @@ from cluster.core.job import Shape
 from cluster.core.kinds import matches
 from cluster.errors import ResourceError
 from trainers.run.architectures import ModelShape, read_shape
+from trainers.run.footprint import DEFAULT_SEQ_LEN, GIB, Training, footprint, total, trainable
 
-GIB = 1024**3
-CUDA_CONTEXT_BYTES = int(0.8 * GIB)
-DEFAULT_SEQ_LEN = 2048
-"""Assumed where the longest row is not known."""
+__all__ = ["DEFAULT_SEQ_LEN", "GIB", "Ask", "Estimate", "Offer", "Training", "choose_shapes", "estimate"]
 
 PROCESS_GB = 0.5
 """Of host memory, that Python and torch take in each process."""
 
+PASS_TOKENS = 16384
+CPU_PASS_TOKENS = 2048
+"""Rows times tokens beyond which a larger forward pass is no faster."""
+
 MARGIN = 1.05
 """Allocator fragmentation, buffers of collectives."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """The way of training, as far as memory depends on it."""
-
-    method: str = "sft"
-    training_type: str = "lora"
-    precision: str = "bf16"
-    """`auto` counts as bf16."""
-    seq_len: int = DEFAULT_SEQ_LEN
-    micro_batch: int = 1
-    """Rows in one forward pass; 1 is the smallest that works, and the micro-batch is ours to choose."""
-    lora_r: int = 16
-    zero_stage: int = 2
-    """Of DeepSpeed, when there is more than one slot."""
-    slots: int = 1
-    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,8 @@ class Estimate:
     parameters: int
     trainable_parameters: int
     slots: int
+    micro_batch: int = 1
+    """Rows of one forward pass; where rows are packed it is not ours to choose."""
 
     def as_dict(self) -> dict[str, Any]:
         """The memory part of a job's `estimate`."""
@@ -66,6 +52,7 @@ class Estimate:
             "parameters": self.parameters,
             "trainable_parameters": self.trainable_parameters,
             "slots": self.slots,
+            "micro_batch": self.micro_batch,
         }
 
 
@@ -99,49 +86,12 @@ def _by_rule(count: int, training: Training) -> Estimate:
 
 
 def _by_model(shape: ModelShape, training: Training) -> Estimate:
-    trainable = _trainable(shape, training)
-    parts = _states(shape, trainable, training) | {
-        "activations": _activations(shape, training),
-        "logits": _logits(shape, training),
-        "context": 0 if training.on_cpu else CUDA_CONTEXT_BYTES,
-    }
-    total = round(sum(parts.values()) * MARGIN / GIB, 2)
-    return Estimate(parts, total, rule_gb(shape.parameters), "model", shape.parameters, trainable, training.slots)
-
-
-def _trainable(shape: ModelShape, training: Training) -> int:
-    if training.training_type == "full":
-        return shape.parameters
-    return shape.layers * training.lora_r * sum(linear.inputs + linear.outputs for linear in shape.linears)
-
-
-def _states(shape: ModelShape, trainable: int, training: Training) -> dict[str, int]:
-    """Weights, gradients and AdamW states on one slot. LoRA's base is frozen, its adapter in fp32; full training in
-    bf16 keeps an fp32 master copy. ZeRO divides optimizer (1), gradients (2), weights (3) by the slots."""
-    narrow = 4 if training.precision == "fp32" else 2
-    full = training.training_type == "full"
-    divided = [training.slots if training.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    weights = shape.parameters * narrow if full else shape.parameters * narrow + trainable * 4
-    gradients = trainable * (narrow if full else 4)
-    optimizer = trainable * (12 if full and narrow == 2 else 8)
-    return {
-        "weights": weights // divided[2],
-        "gradients": gradients // divided[1],
-        "optimizer": optimizer // divided[0],
-    }
-
-
-def _activations(shape: ModelShape, training: Training) -> int:
-    """Kept for the backward pass, without recomputation and with an attention that keeps no scores: per token and
-    layer the inputs of norms, attention and MLP (arXiv:2205.05198 §4, adapted to a gated MLP)."""
-    width = 4 if training.precision == "fp32" else 2
-    per_token = 10 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate
-    return training.micro_batch * training.seq_len * shape.layers * per_token * width
-
-
-def _logits(shape: ModelShape, training: Training) -> int:
-    """fp32 logits and their gradient, at most for every position."""
-    return training.micro_batch * training.seq_len * shape.vocabulary * 8
+    parts = footprint(shape, training)
+    gb = round(sum(parts.values()) * MARGIN / GIB, 2)
+    count = total(shape, training)
+    return Estimate(
+        parts, gb, rule_gb(count), "model", count, trainable(shape, training), training.slots, training.micro_batch
+    )
 
 
 @dataclass(frozen=True)
@@ -170,18 +120,21 @@ def choose_shapes(
     offers: Sequence[Offer],
     parameters: int | None = None,
 ) -> list[tuple[Shape, Estimate]]:
-    """Of each kind the smallest number of slots that fits, with its estimate. As `ask.kinds` prefers, then the fewer slots
-    the better; kinds that are equally good share a shape. `offers` are those that match `ask.kinds`.
+    """Of each kind the smallest number of slots that fits, with as many rows in a pass as fit then, and its estimate. As
+    `ask.kinds` prefers, then the fewer slots the better; kinds that are equally good share a shape. `offers` are those that
+    match `ask.kinds`.
     Raises `ResourceError`: `memory_limit_too_small`, `does_not_fit`."""
+    training = replace(training, bounded=ask.mem_limit_gb is not None)
     needed = [_estimate_for(config, training, slots, parameters) for slots in _counts(ask, offers)]
     within = [one for one in needed if ask.mem_limit_gb is None or one.total_gb <= ask.mem_limit_gb]
     if needed and not within:
         raise _limit_too_small(needed, ask)
-    groups: dict[tuple[int, int], tuple[Estimate, list[str]]] = {}
+    groups: dict[tuple[int, int, int], tuple[Estimate, list[str]]] = {}
     for offer in offers:
         one = next((one for one in within if _fits(one, offer)), None)
         if one is not None:
-            _, kinds = groups.setdefault((_preference(offer, ask), one.slots), (one, []))
+            one = most_rows(config, replace(training, slots=one.slots), _room(ask, offer), parameters)
+            _, kinds = groups.setdefault((_preference(offer, ask), one.slots, -one.micro_batch), (one, []))
             kinds.append(offer.kind)
     if not groups:
         raise _does_not_fit(needed, ask, offers)
@@ -197,6 +150,25 @@ def choose_shape(
 ) -> tuple[Shape, Estimate]:
     """The best of `choose_shapes`."""
     return choose_shapes(config, training, ask, offers, parameters)[0]
+
+
+def most_rows(config: Mapping[str, Any], training: Training, room_gb: float, parameters: int | None = None) -> Estimate:
+    """With the largest micro-batch, a power of two, that `room_gb` holds; with one row if none does."""
+    best = estimate(config, replace(training, micro_batch=1), parameters)
+    if training.packs:
+        return best  # the child packs as many rows as a pass takes well
+    tokens = CPU_PASS_TOKENS if training.on_cpu else PASS_TOKENS
+    rows = 2
+    while rows <= min(tokens // training.seq_len, training.share or tokens):
+        more = estimate(config, replace(training, micro_batch=rows), parameters)
+        if more.total_gb > room_gb:
+            break
+        best, rows = more, 2 * rows
+    return best
+
+
+def _room(ask: Ask, offer: Offer) -> float:
+    return offer.memory_gb if ask.mem_limit_gb is None else min(ask.mem_limit_gb, offer.memory_gb)
 
 
 def park_gb(one: Estimate, on_cpu: bool) -> float:

@@ -13,6 +13,7 @@ _Types = type | tuple[type, ...]
 
 FIELDS: dict[str, dict[str, _Types]] = {
     "hello": {},
+    "progress": {"what": str, "done": int, "total": int},
     "ready": {"steps": int, "start_step": int},
     "evaluated": {"step": int, "when": str},
     "step": {

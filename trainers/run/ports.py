@@ -42,7 +42,8 @@ class Assignment:
     base_model_prefix: str
     base_model_sha256: str
     adapter_prefix: str | None
-    """A tuned version to continue from; None: the base as it is."""
+    """An adapter to continue from, or a checkpoint (with all weights, where it is of a full training); None: the base as it
+    is."""
     dataset_key: str
     dataset_sha256: str
     validation_key: str | None
@@ -134,7 +135,9 @@ class DriverStore(Protocol):
 
     def commit_checkpoint(
         self, job_id: str, attempt: int, step: int, prefix: str, files: dict[str, str], metrics: dict[str, Any]
-    ) -> None: ...
+    ) -> Sequence[str]:
+        """The prefixes of checkpoints that the job keeps no longer: their objects may go."""
+        ...
 
     def finish(
         self,

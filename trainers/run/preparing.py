@@ -73,10 +73,15 @@ def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
         files[VALIDATION] = (assignment.validation_key, assignment.validation_sha256)
     if assignment.adapter_prefix:
         manifest = json.loads(storage.read_bytes(f"{assignment.adapter_prefix}/{MANIFEST}"))
-        files |= _below(ADAPTER, assignment.adapter_prefix, manifest)
+        files |= _below(ADAPTER, assignment.adapter_prefix, weights_of(manifest))
     if assignment.checkpoint:
         files |= _below(RESUME, assignment.checkpoint.prefix, assignment.checkpoint.files)
     return files
+
+
+def weights_of(files: dict[str, str]) -> dict[str, str]:
+    """Of a checkpoint without what only the run that wrote it can use: optimizer states and the position."""
+    return {name: sha256 for name, sha256 in files.items() if name != "state.json" and not name.startswith("rank-")}
 
 
 def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:
@@ -101,6 +106,7 @@ def train_config(
         validation_file=f"{scratch}/{VALIDATION}" if assignment.validation_key else None,
         adapter=f"{scratch}/{ADAPTER}" if assignment.adapter_prefix else None,
         method=assignment.method,
+        task=assignment.task,
         training_type=assignment.training_type,
         hyperparams=assignment.hyperparams,
         precision=assignment.precision,

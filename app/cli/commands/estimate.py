@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,21 +13,42 @@ from rich.console import Group
 from app.cli.command import command
 from app.cli.output import pairs, table
 from app.cli.session import Session
-from cluster.core.kinds import memory_gb, resolve_kind
+from cluster.core.kinds import CPU, memory_gb, resolve_kind
 from cluster.errors import InvalidRequest
-from trainers.run.memory import DEFAULT_SEQ_LEN, Estimate, Training, estimate
+from trainers.run.footprint import DEFAULT_SEQ_LEN, PARTS, Training
+from trainers.run.memory import Estimate, estimate, most_rows
+
+CHOICES = {
+    "training_type": ("lora", "qlora", "full"),
+    "method": ("sft", "dpo"),
+    "task": ("causal_lm", "sequence_classification"),
+    "precision": ("bf16", "fp32"),
+    "offload": ("none", "optimizer", "parameters"),
+}
+
+
+def _one_of(name: str, more: str = "") -> Any:
+    return typer.Option(help=" or ".join([", ".join(CHOICES[name][:-1]), CHOICES[name][-1]]) + f".{more}")
 
 
 @dataclass(frozen=True)
 class Options:
-    training_type: Annotated[str, typer.Option(help="lora or full.")] = "lora"
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16"
+    training_type: Annotated[str, _one_of("training_type")] = "lora"
+    method: Annotated[str, _one_of("method")] = "sft"
+    task: Annotated[str, _one_of("task")] = "causal_lm"
+    precision: Annotated[str, _one_of("precision")] = "bf16"
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the longest row.")] = DEFAULT_SEQ_LEN
-    micro_batch: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 1
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one step, over all GPUs.")] = 8
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows in one forward pass. Default: what --gpu-type has room for, else 1.")
+    ] = None
+    packing: Annotated[bool, typer.Option(help="Short rows share a forward pass.")] = True
     lora_r: Annotated[int, typer.Option(min=1)] = 16
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed, with more than one GPU.")] = 2
+    offload: Annotated[str, _one_of("offload", " To the host's memory.")] = "none"
+    checkpointing: Annotated[bool, typer.Option(help="Layers are computed again for the backward pass.")] = False
     gpus: Annotated[int | None, typer.Option(min=1, help="Default: 1, 2, 4 and 8.")] = None
-    gpu_type: Annotated[str | None, typer.Option(help="Does it fit on these?")] = None
+    gpu_type: Annotated[str | None, typer.Option(help="Does it fit on these? cpu is one.")] = None
 
 
 def register(app: typer.Typer) -> None:
@@ -40,13 +61,15 @@ def estimate_(
     options: Options,
 ) -> None:
     """Memory per GPU that fine-tuning needs. Works offline."""
-    if options.training_type not in ("lora", "full"):
-        raise InvalidRequest("--training-type is lora or full", param="--training-type")
+    for name, allowed in CHOICES.items():
+        if getattr(options, name) not in allowed:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidRequest(f"{flag} is one of {', '.join(allowed)}", param=flag)
     config = read_config(model)
-    available = memory_gb(resolve_kind(options.gpu_type)) if options.gpu_type else None
-    found = [
-        estimate(config, _training(options, slots)) for slots in ([options.gpus] if options.gpus else (1, 2, 4, 8))
-    ]
+    kind = resolve_kind(options.gpu_type) if options.gpu_type else None
+    available = memory_gb(kind) if kind else None
+    counts = [options.gpus] if options.gpus else (1, 2, 4, 8)
+    found = [_estimate(config, _training(options, slots, kind == CPU), options, available) for slots in counts]
     data = {
         "model_type": config.get("model_type"),
         "parameters": found[0].parameters,
@@ -72,18 +95,31 @@ def read_config(model: Path) -> dict[str, Any]:
     return config
 
 
-def _training(options: Options, slots: int) -> Training:
-    shared = {key: value for key, value in vars(options).items() if key not in ("gpus", "gpu_type")}
-    return replace(Training(**shared), slots=slots)
+def _training(options: Options, slots: int, on_cpu: bool) -> Training:
+    here = ("gpus", "gpu_type", "micro_batch")
+    shared = {key: value for key, value in vars(options).items() if key not in here}
+    return Training(**shared, slots=slots, micro_batch=options.micro_batch or 1, on_cpu=on_cpu, bounded=False)
+
+
+def _estimate(config: dict[str, Any], training: Training, options: Options, available: float | None) -> Estimate:
+    if options.micro_batch is None and available:
+        return most_rows(config, training, available)
+    return estimate(config, training)
 
 
 def _drawn(data: dict[str, Any], found: list[Estimate], available: float | None) -> Any:
-    parts = list(found[0].parts)
+    parts = [part for part in PARTS if any(one.parts.get(part) for one in found)]
     rows = [
-        (one.slots, one.total_gb, *(round(one.parts[part] / 2**30, 2) for part in parts), *_fits(one, available))
+        (
+            one.slots,
+            one.total_gb,
+            one.micro_batch,
+            *(round(one.parts.get(part, 0) / 2**30, 2) for part in parts),
+            *_fits(one, available),
+        )
         for one in found
     ]
-    columns = ("gpus", "gib per gpu", *parts, *(("fits",) if available else ()))
+    columns = ("gpus", "gib per gpu", "rows a pass", *parts, *(("fits",) if available else ()))
     head = pairs(
         [
             ("parameters", f"{data['parameters'] / 1e6:,.1f} M, trained {data['trainable_parameters'] / 1e6:,.1f} M"),

@@ -42,9 +42,11 @@ class What:
     from_: Annotated[
         str | None, typer.Option("--from", metavar="VERSION", help="Go on from a tuned model.", rich_help_panel=MODEL)
     ] = None
-    method: Annotated[str | None, typer.Option(help="sft, …", rich_help_panel=MODEL)] = None
-    training_type: Annotated[str | None, typer.Option(help="lora or full.", rich_help_panel=MODEL)] = None
-    task: Annotated[str | None, typer.Option(rich_help_panel=MODEL)] = None
+    method: Annotated[str | None, typer.Option(help="sft or dpo.", rich_help_panel=MODEL)] = None
+    training_type: Annotated[str | None, typer.Option(help="lora, qlora or full.", rich_help_panel=MODEL)] = None
+    task: Annotated[str | None, typer.Option(help="causal_lm or sequence_classification.", rich_help_panel=MODEL)] = (
+        None
+    )
     hyper: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="For instance lr=3e-5.", rich_help_panel=MODEL)
     ] = None

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from builders_api import LLAMA_7B, Api, jsonl, upload
-from builders_db import make_base_model, make_node
+from builders_api import LLAMA_7B, TINY, Api, jsonl, upload
+from builders_db import make_base_model, make_job, make_node
 from builders_llama import make_hollow_llama
 from sqlalchemy import func, select, update
 
-from app.db.models import BaseModel, Event, Job, Node, Tenant
+from app.db.models import BaseModel, Checkpoint, Event, Job, Node, Tenant
 from trainers.child.convert import convert
 
 AS_DOCUMENTED = b"""{"tenant_id":"user_456","base_model":"llama-7b","dataset_id":"legal_docs_2024",
@@ -100,15 +100,19 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"hyperparams": {"epochs": 1.5}}, 422, "invalid_value", "hyperparams.epochs"),
     ({"hyperparams": {"epochs": True}}, 422, "invalid_value", "hyperparams.epochs"),
     ({"hyperparams": {"lr": 1e-3, "learning_rate": 1e-4}}, 422, "invalid_value", "hyperparams.learning_rate"),
-    ({"hyperparams": {"packing": True}}, 422, "unsupported_field", "hyperparams.packing"),
+    ({"hyperparams": {"early_stopping_patience": 2}}, 422, "invalid_value", "hyperparams.early_stopping_patience"),
+    ({"hyperparams": {"use_rslora": True}, "training_type": "full"}, 422, "invalid_value", "hyperparams.use_rslora"),
     ({"hyperparams": {"beta": 0.1}}, 422, "invalid_value", "hyperparams.beta"),
-    ({"method": "dpo"}, 422, "unsupported_method", "method"),
+    ({"method": "dpo"}, 422, "dataset_task_mismatch", "dataset_id"),
+    ({"method": "dpo", "task": "sequence_classification"}, 422, "conflicting_fields", "task"),
     ({"method": "custom"}, 422, "unsupported_method", "method"),
-    ({"method": "qlora"}, 422, "unsupported_method", "training_type"),
+    ({"entrypoint": "train.py"}, 422, "invalid_value", "entrypoint"),
+    ({"method": "qlora"}, 422, "qlora_unsupported", "training_type"),
     ({"method": "lora", "training_type": "full"}, 422, "conflicting_fields", "training_type"),
-    ({"training_type": "qlora"}, 422, "unsupported_method", "training_type"),
-    ({"task": "sequence_classification"}, 422, "unsupported_task", "task"),
-    ({"validation_split": 0.1}, 422, "unsupported_field", "validation_split"),
+    ({"training_type": "qlora"}, 422, "qlora_unsupported", "training_type"),
+    ({"task": "sequence_classification"}, 422, "dataset_task_mismatch", "dataset_id"),
+    ({"validation_split": 1.5}, 422, "invalid_value", "validation_split"),
+    ({"validation_split": 0.1, "validation_dataset_id": "rows"}, 422, "conflicting_fields", "validation_split"),
     ({"budget": {"gpu_hours": 0}}, 422, "invalid_value", "budget.gpu_hours"),
     ({"budget": {"gpu_hour": 1}}, 422, "unknown_field", "budget.gpu_hour"),
     ({"budget": {}}, 422, "invalid_value", "budget"),
@@ -196,11 +200,80 @@ def test_quotas_are_hard(api: Api, acme: httpx.Client) -> None:
     refused(acme.post("/finetune", json={**MINIMAL, "resource_config": {"num_gpus": 2}}), 429)
 
 
-def test_preference_rows_wait_for_dpo(acme: httpx.Client) -> None:
-    rows = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"})
+def estimated(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    answer = client.post("/finetune/estimate", json={**MINIMAL, **body})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_preference_rows_train_with_dpo(acme: httpx.Client) -> None:
+    rows = jsonl(*({"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(4)))
     assert upload(acme, rows, "pairs").json()["task"] == "preference"
     error = refused(acme.post("/finetune", json={**MINIMAL, "dataset_id": "pairs"}), 422)
-    assert error["code"] == "unsupported_method"
+    assert error["code"] == "dataset_task_mismatch" and "method dpo" in error["hint"]
+    estimate = estimated(acme, dataset_id="pairs", method="dpo")
+    assert (estimate["method"], estimate["hyperparams"]["lr"], estimate["hyperparams"]["beta"]) == ("dpo", 5e-6, 0.1)
+    full = estimated(acme, dataset_id="pairs", method="dpo", training_type="full", hyperparams={"beta": 0.5})
+    assert (full["hyperparams"]["lr"], full["hyperparams"]["beta"]) == (1e-6, 0.5)
+
+
+def test_labels_train_a_classifier_also_over_an_encoder(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        make_base_model(session, "bert", config={**TINY, "architectures": ["BertForMaskedLM"]}, parameters=130_000)
+    rows = jsonl({"text": "dark", "label": "outage"}, {"text": "dear", "label": "billing"})
+    assert upload(acme, rows, "labels").json()["task"] == "sequence_classification"
+    asked = {"dataset_id": "labels", "task": "sequence_classification"}
+    for base in ("tiny", "bert"):
+        job = acme.post("/finetune", json={**MINIMAL, **asked, "base_model": base}).json()
+        assert (job["task"], job["method"], job["status"]) == ("sequence_classification", "sft", "queued")
+    error = refused(acme.post("/finetune", json={**MINIMAL, "base_model": "bert"}), 422)
+    assert error["code"] == "base_model_not_causal"
+
+
+def test_qlora_is_accepted_where_there_is_a_gpu(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        make_node(session, "gpu-1", kind="A100-80GB", slots=1, memory_gb=79.0)
+    assert estimated(acme, training_type="qlora")["training_type"] == "qlora"
+    asked = {**MINIMAL, "training_type": "qlora", "resource_config": {"gpu_type": "cpu"}}
+    assert refused(acme.post("/finetune", json=asked), 422)["code"] == "qlora_unsupported"
+
+
+def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None:
+    asked = {"early_stopping_patience": 2, "n_checkpoints": 3, "packing": False, "rslora": True}
+    hyperparams = estimated(acme, validation_split=0.25, hyperparams=asked)["hyperparams"]
+    assert {name: hyperparams[name] for name in ("early_stopping_patience", "n_checkpoints", "packing")} == {
+        "early_stopping_patience": 2, "n_checkpoints": 3, "packing": False,
+    }  # fmt: skip
+    assert hyperparams["use_rslora"] is True and hyperparams["validation_split"] == 0.25
+
+
+def test_training_goes_on_from_a_checkpoint(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        tiny = session.scalars(select(BaseModel.id).where(BaseModel.name == "tiny")).one()
+        for number, training_type in enumerate(("lora", "full"), 1):
+            job = make_job(session, base_model_id=tiny, training_type=training_type, state="failed", attempt=1)
+            session.flush()
+            fields = {"job_id": job.id, "tenant_id": "acme", "attempt": 1, "step": 7, "files": {}, "metrics": {}}
+            session.add(Checkpoint(id=f"ftckpt_{number}", prefix=f"ck/{number}", **fields))
+    job = acme.post("/finetune", json={**MINIMAL, "base_model": "ftckpt_1"}).json()
+    assert (job["model"], job["base_model"]) == ("tiny", "ftckpt_1")
+    with api.database.platform() as session:
+        row = session.get_one(Job, job["id"])
+        assert (row.parent_checkpoint_id, row.parent_version_id, row.base_model_id) == ("ftckpt_1", None, tiny)
+    error = refused(acme.post("/finetune", json={**MINIMAL, "base_model": "ftckpt_2"}), 422)
+    assert (error["code"], error["param"]) == ("unsupported_continuation", "training_type")
+    assert estimated(acme, base_model="ftckpt_2", training_type="full")["base_model"] == "tiny"
+    with api.client("rival") as rival:
+        assert upload(rival).status_code == 201
+        error = refused(rival.post("/finetune", json={**MINIMAL, "base_model": "ftckpt_1"}), 404)
+        assert (error["code"], error["param"]) == ("checkpoint_not_found", "base_model")
+
+
+def test_one_row_cannot_be_split(acme: httpx.Client) -> None:
+    assert upload(acme, jsonl({"text": "alone"}), "one").status_code == 201
+    error = refused(acme.post("/finetune", json={**MINIMAL, "dataset_id": "one", "validation_split": 0.5}), 422)
+    assert error["param"] == "validation_split"
 
 
 def test_a_member_cannot_ask_for_urgent(api: Api, acme: httpx.Client) -> None:

@@ -57,6 +57,32 @@ def test_estimate_of_a_7b_model(offline: Run, tmp_path: Path) -> None:
     assert full.out.splitlines()[-1].split()[-1] == "no"
 
 
+def test_estimate_chooses_the_rows_of_a_pass(offline: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    way = ["--task", "sequence_classification", "--seq-len", "256", "--batch-size", "64", "--gpus", "1", "--json"]
+    (chosen,) = offline("estimate", str(tmp_path), *way, "--gpu-type", "A100-80GB").json["per_gpu"]
+    (one,) = offline("estimate", str(tmp_path), *way, "--micro-batch", "1").json["per_gpu"]
+    assert chosen["micro_batch"] > 8 and chosen["fits"] and one["micro_batch"] == 1
+    assert chosen["parts_gb"]["activations"] > 8 * one["parts_gb"]["activations"]
+    assert "logits" not in chosen["parts_gb"] or chosen["parts_gb"]["logits"] == 0
+
+
+def test_estimate_of_ways_to_need_less(offline: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+
+    def needed(*way: str) -> float:
+        found: float = offline("estimate", str(tmp_path), "--gpus", "2", "--json", *way).json["per_gpu"][0]["memory_gb"]
+        return found
+
+    plain = needed()
+    assert needed("--training-type", "qlora") < plain - 8
+    assert needed("--checkpointing") < plain - 5
+    full = needed("--training-type", "full", "--zero-stage", "3")
+    assert needed("--training-type", "full", "--zero-stage", "3", "--offload", "optimizer") < full - 30
+    assert needed("--method", "dpo") > plain + 5
+    assert offline("estimate", str(tmp_path), "--offload", "moon").code == 2
+
+
 @pytest.mark.parametrize("content", [None, "no json", "[]"])
 def test_estimate_of_what_is_no_model(offline: Run, tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
 from trainers.run.ports import LastCheckpoint
+from trainers.run.preparing import attempt_files
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -96,6 +98,24 @@ def test_an_attempt_continues_from_the_checkpoint_of_another(tmp_path: Path) -> 
     files = {"step": made.storage.put_bytes("old/step", b"4")}
     object.__setattr__(made.store.given, "checkpoint", LastCheckpoint(4, 0, "old", files))
     assert list(run(made).store.steps) == [5, 6]
+
+
+def test_a_checkpoint_that_is_kept_no_longer_leaves_the_storage(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.store.keeps = 1
+    assert len(run(made).store.checkpoints) > 1
+    *gone, last = [checkpoint.prefix for checkpoint in made.store.checkpoints]
+    assert made.storage.keys(last) and not any(made.storage.keys(f"{prefix}/") for prefix in gone)
+
+
+def test_of_a_checkpoint_to_begin_with_the_weights_are_staged_only(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    files = {name: made.storage.put_bytes(f"ck/{name}", b"x") for name in ("adapter_config.json", "rank-00000.pt")}
+    made.storage.put_bytes("ck/manifest.json", json.dumps(files).encode())
+    object.__setattr__(made.store.given, "adapter_prefix", "ck")
+    assert [name for name in attempt_files(made.store.given, made.storage) if name.startswith("adapter")] == [
+        "adapter/adapter_config.json"
+    ]
 
 
 def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from cluster.errors import ResourceError
 from trainers.run.architectures import read_shape
-from trainers.run.memory import GIB, PROCESS_GB, Ask, Offer, Training, choose_shape, choose_shapes, estimate, rule_gb
+from trainers.run.memory import (
+    GIB,
+    PROCESS_GB,
+    Ask,
+    Offer,
+    Training,
+    choose_shape,
+    choose_shapes,
+    estimate,
+    most_rows,
+    rule_gb,
+)
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",
@@ -89,17 +100,17 @@ def test_lora_on_7b_by_hand() -> None:
     made = estimate(LLAMA_7B, Training(seq_len=2048))
     # rank 16 on 4 square projections and 3 of the MLP, 32 layers
     assert made.trainable_parameters == 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
-    assert made.parts["weights"] == 6_738_415_616 * 2 + made.trainable_parameters * 4
-    assert made.parts["optimizer"] == made.trainable_parameters * 8
+    assert made.parts["weights"] == 6_738_415_616 * 2 + made.trainable_parameters * 2
+    assert made.parts["optimizer"] == made.trainable_parameters * 12
     assert made.parts["context"] == int(0.8 * GIB)
     assert 20 < made.total_gb < 35
     assert made.rule_gb == pytest.approx(67.38)
 
 
-def test_full_7b_by_hand_is_16_bytes_a_parameter_and_more() -> None:
+def test_full_7b_by_hand_is_18_bytes_a_parameter_while_it_is_updated() -> None:
     made = estimate(LLAMA_7B, Training(training_type="full"))
     states = sum(made.parts[name] for name in ("weights", "gradients", "optimizer"))
-    assert states == 6_738_415_616 * 16
+    assert states == 6_738_415_616 * 18, "bf16 weights, fp32 gradients and masters, two moments"
     assert made.total_gb > 100
 
 
@@ -174,6 +185,21 @@ def test_on_cpu_a_parked_job_keeps_all_of_its_memory() -> None:
     assert shape.park_gb == pytest.approx(2 * (made.total_gb + PROCESS_GB), abs=0.01)
 
 
+def test_the_micro_batch_is_the_largest_that_fits() -> None:
+    training = Training(task="sequence_classification", seq_len=256, batch_size=32)
+    made = most_rows(LLAMA_7B, training, room_gb=40)
+    assert made.micro_batch > 1 and made.total_gb <= 40
+    assert estimate(LLAMA_7B, replace(training, micro_batch=2 * made.micro_batch)).total_gb > 40
+    assert most_rows(LLAMA_7B, training, room_gb=1).micro_batch == 1
+    assert most_rows(LLAMA_7B, training, room_gb=10_000).micro_batch == 32, "the rows of a step"
+    shape, wide = choose_shape(LLAMA_7B, training, Ask(mem_limit_gb=40), [A100_80])
+    assert (shape.memory_gb, wide) == (made.total_gb, made)
+
+
+def test_packed_rows_have_no_micro_batch_to_choose() -> None:
+    assert most_rows(LLAMA_7B, Training(seq_len=64, batch_size=32), room_gb=80).micro_batch == 1
+
+
 def test_an_unknown_architecture_goes_by_the_rule() -> None:
     made = estimate({"model_type": "new"}, Training(), parameters=1_000_000_000)
     assert (made.decided_by, made.total_gb) == ("rule", 10.0)
@@ -210,7 +236,7 @@ def test_more_of_anything_never_needs_less(training: Training) -> None:
         replace(training, micro_batch=training.micro_batch + 1),
         replace(training, lora_r=training.lora_r + 1),
         replace(training, training_type="full"),
-        replace(training, precision="fp32"),
+        replace(training, precision="fp32") if training.training_type == "lora" else training,
         replace(training, on_cpu=False),
     ):
         assert estimate(LLAMA_7B, more).total_gb >= least
@@ -219,5 +245,6 @@ def test_more_of_anything_never_needs_less(training: Training) -> None:
 @given(trainings)
 def test_more_slots_and_higher_stages_never_need_more_each(training: Training) -> None:
     least = estimate(LLAMA_7B, training).total_gb
-    assert estimate(LLAMA_7B, replace(training, slots=training.slots + 1)).total_gb <= least
+    buffers = 0.3 if training.slots == 1 else 0.0
+    assert estimate(LLAMA_7B, replace(training, slots=training.slots + 1)).total_gb <= least + buffers
     assert estimate(LLAMA_7B, replace(training, zero_stage=min(3, training.zero_stage + 1))).total_gb <= least

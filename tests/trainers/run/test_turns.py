@@ -17,7 +17,7 @@ from cluster.core.events import How
 from cluster.core.job import JobState, Wish
 from cluster.processes import running_attempts
 from trainers.config import Hyperparams
-from trainers.run.conversation import Conversation, Intent, RunClock
+from trainers.run.conversation import Conversation, Intent, Listeners, RunClock
 from trainers.run.ports import Heartbeat
 from trainers.run.records import RecordWriter
 from trainers.run.turns import TurnActions, Turns
@@ -210,7 +210,7 @@ class Table:
 
     def __init__(self) -> None:
         writer = RecordWriter(10, lambda: None, lambda: None)
-        self.talk = Conversation(("j", 1), None, writer, lambda outcome: None, lambda: None)  # type: ignore[arg-type]
+        self.talk = Conversation(("j", 1), None, writer, Listeners(print, lambda: None, print))  # type: ignore[arg-type]
         self.talk._at["ready"] = 0.0
         self.did: list[str] = []
         actions = TurnActions(lambda: self.did.append("suspend"), lambda: not self.did.append("free"))

@@ -1,0 +1,246 @@
+"""More forms of a tuned model: each is read back by the library that it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders_llama import make_tiny_llama
+from safetensors.torch import load_file, save_file
+
+from trainers.child.failure import TrainFailure
+from trainers.child.outputs.__main__ import main
+from trainers.child.outputs.card import Card, model_card
+from trainers.child.outputs.curves import draw, write_events
+from trainers.child.outputs.history import History, read_history
+from trainers.child.outputs.merged import merge
+from trainers.child.outputs.to_gguf import to_gguf
+from trainers.child.shards import INDEX, Shards
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+IDS = torch.tensor([[5, 9, 12, 40, 7, 33]])
+MESSAGES = [
+    {"type": "evaluated", "step": 0, "when": "before", "loss": 5.0, "rows": 3, "exact_match": 0.0, "samples": []},
+    *({"type": "step", "step": n, "loss": 4.0 / n, "lr": 0.1, "grad_norm": 1.0, "tokens": 9} for n in (1, 2, 3)),
+    {"type": "step", "step": 3, "loss": 1.25, "lr": 0.1, "grad_norm": 1.0, "tokens": 9},
+    {"type": "log", "message": "hello"},
+    {"type": "evaluated", "step": 3, "when": "after", "loss": 1.5, "rows": 3, "exact_match": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def logits_of(folder: Path, **more: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def make_adapter(base: Path, folder: Path, **fields: Any) -> Any:
+    """An adapter whose B is not zero; the logits with it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **fields)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).eval()
+    model.save_pretrained(folder, save_embedding_layers=False)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def make_tiny_gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, **ends)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def shard(base: Path, folder: Path) -> Path:
+    """The same model in three files."""
+    weights = load_file(base / "model.safetensors")
+    folder.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    index: dict[str, str] = {}
+    for number in range(3):
+        names = sorted(weights)[number::3]
+        file = f"model-{number + 1:05}-of-00003.safetensors"
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_merged_model_answers_as_the_adapter_does(base: Path, tmp_path: Path, use_rslora: bool) -> None:
+    wanted = make_adapter(base, tmp_path / "adapter", use_rslora=use_rslora)
+    hashes = merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert set(hashes) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-5)
+    assert not torch.allclose(logits_of(base), wanted, atol=1e-2)
+
+
+def test_merging_keeps_the_files_of_a_sharded_model(base: Path, tmp_path: Path) -> None:
+    wanted = make_adapter(base, tmp_path / "adapter")
+    merge(shard(base, tmp_path / "sharded"), tmp_path / "adapter", tmp_path / "merged")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 3
+    assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-5)
+
+
+def test_merging_into_weights_that_lie_the_other_way_round(tmp_path: Path) -> None:
+    base = make_tiny_gpt2(tmp_path / "gpt2")
+    wanted = make_adapter(base, tmp_path / "adapter", fan_in_fan_out=True)
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-5)
+
+
+def test_an_adapter_that_is_more_than_lora_or_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "dora", use_dora=True)
+    with pytest.raises(TrainFailure, match="use_dora"):
+        merge(base, tmp_path / "dora", tmp_path / "out")
+    make_adapter(base, tmp_path / "adapter")
+    with pytest.raises(TrainFailure, match="no weight for"):
+        merge(make_tiny_gpt2(tmp_path / "gpt2"), tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("f32", 1e-5), pytest.param("bf16", 5e-2, marks=pytest.mark.integration)]
+)
+def test_transformers_reads_the_gguf_file(base: Path, tmp_path: Path, kind: str, tolerance: float) -> None:
+    from transformers import AutoTokenizer
+
+    to_gguf(base, tmp_path / "model.gguf", kind)
+    assert torch.allclose(logits_of(tmp_path, gguf_file="model.gguf"), logits_of(base), atol=tolerance)
+    text = "what is the capital of france, zürich?"
+    there = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    here = AutoTokenizer.from_pretrained(base)
+    assert there(text, add_special_tokens=False)["input_ids"] == here(text, add_special_tokens=False)["input_ids"]
+    assert there.chat_template == here.chat_template and there.eos_token_id == here.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gemma"}, "gemma"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled"),
+        ({"attention_bias": True}, "biases"),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(base: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((base / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainFailure, match=reason):
+        to_gguf(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def history() -> History:
+    return read_history(json.dumps(message) for message in MESSAGES)
+
+
+def test_a_step_computed_again_counts_as_the_last_time() -> None:
+    found = history()
+    assert found.steps == 3
+    assert found.series["train/loss"] == ((1, 4.0), (2, 2.0), (3, 1.25))
+    assert found.series["validation/exact_match"] == ((0, 0.0), (3, 0.5))
+    assert "validation/rows" not in found.series
+
+
+@pytest.mark.integration  # matplotlib looks for fonts the first time: ten seconds
+def test_the_curves_are_a_picture(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    draw(history(), tmp_path / "curves.png")
+    height, width, colours = pyplot.imread(tmp_path / "curves.png").shape
+    assert width > 800 and height > 800 and colours == 4
+    with pytest.raises(TrainFailure, match="no step"):
+        draw(read_history([]), tmp_path / "none.png")
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    write_events(history(), tmp_path)
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    data, values = file.read_bytes(), []
+    while data:  # a record: length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        values += [(event.step, one.tag, round(one.simple_value, 4)) for one in event.summary.value]
+        data = data[16 + length :]
+    assert {(3, "train/loss", 1.25), (3, "validation/loss", 1.5), (0, "validation/exact_match", 0.0)} <= set(values)
+
+
+def test_the_card_says_where_it_comes_from_and_how_good_it_is() -> None:
+    card = Card(
+        base="llama-7b",
+        method="sft",
+        training_type="lora",
+        precision="bf16",
+        hyperparams={"lr": 2e-4},
+        metrics={"validation_loss": 0.123456, "a|b": 1},
+        metadata={"job": "ftjob-1", "dataset_fingerprint": "d" * 64, "other": 7},
+        note="Mind the gap.",
+    )
+    text = model_card(card)
+    assert text.startswith('---\nbase_model: "llama-7b"\nlibrary_name: peft\n')
+    assert "| validation_loss | 0.1235 |" in text and "| a\\|b | 1 |" in text
+    assert "| job | ftjob-1 |" in text and "d" * 64 in text and "Mind the gap." in text
+    everything = json.loads(text.split("```json\n")[1].split("\n```")[0])
+    assert everything["hyperparams"] == {"lr": 2e-4} and everything["other"] == 7
+    compile(text.split("```python\n")[1].split("\n```")[0], "card", "exec")
+
+
+def test_shards_read_only_what_is_asked_for(base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    with Shards(shard(base, tmp_path / "sharded")) as shards:
+        assert sorted(shards.names) == sorted(weights) and len(shards.files) == 3
+        second = list(shards.layers(1, 2))
+        assert second and all(".layers.1." in name for name in second)
+        name = second[0]
+        assert torch.equal(shards.read(name), weights[name])
+        assert shards.read(name, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TrainFailure, match="no safetensors"):
+        Shards(tmp_path)
+
+
+def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other/model.safetensors"}}))
+    with pytest.raises(TrainFailure, match="outside"):
+        Shards(tmp_path)
+
+
+@pytest.mark.integration
+def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = tmp_path / "messages.jsonl"
+    messages.write_text("".join(json.dumps(message) + "\n" for message in MESSAGES))
+    assert main(["tensorboard", str(messages), str(tmp_path / "events")]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    assert main(["gguf", str(tmp_path / "events"), str(tmp_path / "m.gguf"), "--type", "q8"]) == 1
+    make_adapter(base, tmp_path / "adapter")
+    assert main(["merged", str(base), str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    assert main(["gguf", str(tmp_path / "merged"), str(tmp_path / "m.gguf")]) == 0
+    assert (tmp_path / "m.gguf").stat().st_size > 100_000

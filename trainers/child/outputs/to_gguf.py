@@ -1,0 +1,147 @@
+"""A Llama or Mistral folder as one GGUF file, for llama.cpp and what is built on it. Weights are not quantised. What this cannot
+write so that it means the same is refused: other architectures, scaled rotary positions, tokenizers other than byte-level BPE."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import torch
+
+from trainers.child.failure import TrainFailure
+from trainers.child.shards import Shards
+
+Config = Mapping[str, Any]
+
+ARCHITECTURES = ("llama", "mistral")
+"""llama.cpp knows both as `llama`."""
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+"""Kinds of tokens, as GGUF numbers them."""
+
+
+def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: str = "default") -> None:
+    """`kind`: of the matrices, f32, f16 or bf16; norms stay f32. `pretokenizer`: llama.cpp's name of the rule by which text is
+    split before BPE (`llama-bpe`, `smollm`, …), which a tokenizer.json does not say. Raises TrainFailure."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _require_known(config, kind)
+    gguf = importlib.import_module("gguf")
+    temporary = file.with_name(f".{file.name}.tmp")
+    with Shards(folder) as shards:
+        writer = gguf.GGUFWriter(temporary, "llama", use_temp_file=True)
+        _write_sizes(writer, config, folder.name, gguf.LlamaFileType[_file_type(kind)])
+        _write_tokenizer(writer, folder, pretokenizer)
+        for name, tensor in _tensors(gguf, shards, config):
+            small = tensor.ndim == 1
+            wanted = gguf.GGMLQuantizationType["F32" if small else TYPES[kind]]
+            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    temporary.replace(file)
+
+
+def _require_known(config: Config, kind: str) -> None:
+    if kind not in TYPES:
+        raise _refused(f"{kind!r} is no type of weights.", f"Use one of {', '.join(TYPES)}.")
+    model = config.get("model_type")
+    if model not in ARCHITECTURES:
+        raise _refused(f"A {model!r} model is not written as GGUF here, only {' and '.join(ARCHITECTURES)} are.")
+    if _rope(config).get("rope_type", "default") != "default":
+        raise _refused("Its rotary positions are scaled.")
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise _refused("Its linear layers have biases.")
+
+
+def _refused(message: str, hint: str = "llama.cpp's convert_hf_to_gguf.py knows more architectures.") -> TrainFailure:
+    return TrainFailure("gguf_unsupported", message, hint=hint)
+
+
+def _file_type(kind: str) -> str:
+    return "ALL_F32" if kind == "f32" else f"MOSTLY_{TYPES[kind]}"
+
+
+def _rope(config: Config) -> Dict[str, Any]:
+    """transformers 5 keeps it in one place, 4 in two."""
+    old = dict(config.get("rope_scaling") or {})
+    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {"rope_theta": 10000.0, **old, **theta, **(config.get("rope_parameters") or {})}
+
+
+def _write_sizes(writer: Any, config: Config, name: str, file_type: int) -> None:
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def _write_tokenizer(writer: Any, folder: Path, pretokenizer: str) -> None:
+    from transformers import AutoTokenizer
+
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if described["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
+        raise _refused("Its tokenizer is no byte-level BPE.")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokens, kinds = _vocabulary(described, json.loads((folder / "config.json").read_text())["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pretokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in _merges(described)])
+    for role in ("bos", "eos", "pad", "unk"):
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{role}_token_id")(number)
+    writer.add_add_bos_token(False)  # templates write it themselves
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _merges(described: Mapping[str, Any]) -> List[Any]:
+    merges: List[Any] = described["model"]["merges"]
+    return merges
+
+
+def _vocabulary(described: Mapping[str, Any], size: int) -> Tuple[List[str], List[int]]:
+    """As many tokens as the embedding has rows: models round that up."""
+    by_number = {number: (token, NORMAL) for token, number in described["model"]["vocab"].items()}
+    for added in described.get("added_tokens", []):
+        by_number[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    found = [by_number.get(number, (f"[PAD{number}]", USER_DEFINED)) for number in range(size)]
+    return [token for token, _ in found], [kind for _, kind in found]
+
+
+def _tensors(gguf: Any, shards: Shards, config: Config) -> Iterator[Tuple[str, torch.Tensor]]:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = config["num_attention_heads"]
+    turned = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
+    for name in shards.names:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
+            raise _refused(f"Its tensor {name} has no place in a GGUF file.")
+        tensor, owner = shards.read(name), name.split(".")[-2]
+        yield target, _interleaved(tensor, turned[owner]) if owner in turned else tensor
+
+
+def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp rotates neighbouring numbers of a head, transformers those half a head apart."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)

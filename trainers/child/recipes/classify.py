@@ -1,0 +1,155 @@
+"""Sequence classification, read from top to bottom: labels, model, data, engine, then the session's loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from trainers.child.control import Control
+from trainers.child.data import Plan, micro_batch_size, micro_batches
+from trainers.child.engine import Engine, make_engine
+from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_classifier, names_of
+from trainers.child.memory import MemoryLimit
+from trainers.child.rows import read_data
+from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, require_finite, update
+from trainers.child.world import World
+from trainers.config import TrainConfig
+
+SAMPLE_CHARS = 2000
+
+
+def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit) -> None:
+    """Trains to the end and leaves the artifact. Raises TrainFailure and Stopped."""
+    rows, rows_held_out = read_data(config)
+    names = names_of(rows if config.validation_file else [*rows, *rows_held_out])
+    loaded = load_classifier(config, names, world.device)
+    hyper = config.hyperparams
+    data = encode_labelled(rows, names, loaded, hyper)
+    held_out = encode_labelled(rows_held_out, names, loaded, hyper).examples if rows_held_out else []
+    plan = Plan(len(data.examples), hyper)
+    micro = micro_batch_size(hyper, world.size, data.max_seq_len)
+
+    classifier = Classifier(loaded.model, loaded.tokenizer.pad_token_id)
+    classifier.train()
+    engine = make_engine(classifier, config, world, micro)
+    torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
+
+    trainer = _Trainer(classifier, engine, data.examples, plan, world, MicroBatch(micro))
+    judge = _Judge(classifier, names, world, control, micro, config.sample_rows)
+    evaluate = (lambda: judge.run(held_out)) if held_out else None
+    session = Session(Place(config, world, control, memory), loaded, engine, plan, evaluate)
+    session.open()
+    session.run(trainer, _facts(data))
+
+
+def _facts(data: LabelledRows) -> DataFacts:
+    tokens = sum(len(one.ids) for one in data.examples)
+    return DataFacts(len(data.examples), tokens, data.max_seq_len, data.truncated, data.dropped)
+
+
+class Classifier(torch.nn.Module):
+    """forward(examples) → logits [rows, classes] in fp32. No example: one row of padding, so that every rank runs every
+    forward; its logits are not to be counted."""
+
+    def __init__(self, model: Any, pad: int) -> None:
+        super().__init__()
+        self.model = model
+        self._pad = pad
+
+    def forward(self, examples: Sequence[Labelled]) -> torch.Tensor:
+        length = max((len(one.ids) for one in examples), default=2)
+        rows = [one.ids for one in examples] or [[self._pad]]
+        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        device = self.model.device
+        logits: torch.Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        return logits.float()
+
+    def loss(self, examples: Sequence[Labelled]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cross-entropy summed over the rows, the classes that were told)."""
+        logits = self(examples)
+        if not examples:
+            return logits.sum() * 0.0, logits[:0].argmax(-1)
+        labels = torch.tensor([one.label for one in examples], device=logits.device)
+        return F.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """One optimizer step over a global batch."""
+
+    classifier: Classifier
+    engine: Engine
+    examples: Sequence[Labelled]
+    plan: Plan
+    world: World
+    micro: MicroBatch
+
+    def step(self, step: int) -> Fields:
+        """The loss is the mean over the rows of the global batch."""
+        batch, lr = self.plan.batch(step), self.plan.lr(step)
+        pieces = micro_batches(batch, self.world.rank, self.world.size, self.micro.size)
+        total, right = 0.0, 0
+        for number, rows in enumerate(pieces, 1):
+            examples = [self.examples[row] for row in rows]
+            summed, told = self.classifier.loss(examples)
+            part = summed / len(batch)
+            self.engine.backward(part, last=number == len(pieces))
+            total += float(part.detach())
+            right += count_right(examples, told)
+        mean, all_right = self.world.sum(total, right)
+        require_finite("loss", mean, step)
+        norm = update(self.engine, lr, step)
+        tokens = sum(len(self.examples[row].ids) for row in batch)
+        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, "accuracy": all_right / len(batch)}
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Leaves the model in training mode and draws no random number."""
+
+    classifier: Classifier
+    names: Sequence[str]
+    world: World
+    control: Control
+    micro: int
+    shown: int
+
+    @torch.no_grad()
+    def run(self, examples: Sequence[Labelled]) -> Fields:
+        """{loss, accuracy, rows, samples}. Raises Stopped."""
+        self.classifier.eval()
+        total, right = 0.0, 0
+        for batch in self._batches(examples):
+            summed, told = self.classifier.loss(batch)
+            total += float(summed)
+            right += count_right(batch, told)
+        loss, accuracy = (value / len(examples) for value in self.world.sum(total, right))
+        samples = self._samples(examples[: self.shown])
+        self.classifier.train()
+        return {"loss": loss, "accuracy": accuracy, "rows": len(examples), "samples": samples}
+
+    def _batches(self, examples: Sequence[Labelled]) -> Iterator[list[Labelled]]:
+        """This rank's share; every rank gets equally many batches."""
+        share = examples[self.world.rank :: self.world.size]
+        for start in range(0, math.ceil(len(examples) / self.world.size), self.micro):
+            self.control.between()
+            yield list(share[start : start + self.micro])
+
+    def _samples(self, examples: Sequence[Labelled]) -> list[dict[str, str]]:
+        if self.world.rank != 0 or not examples:
+            return []
+        _, told = self.classifier.loss(examples)
+        return [
+            {"prompt": one.text[-SAMPLE_CHARS:], "expected": self.names[one.label], "answer": self.names[answer]}
+            for one, answer in zip(examples, told.tolist(), strict=True)
+        ]
+
+
+def count_right(examples: Sequence[Labelled], told: torch.Tensor) -> int:
+    return sum(one.label == answer for one, answer in zip(examples, told.tolist(), strict=True))

@@ -1,0 +1,164 @@
+"""Direct preference optimisation, read from top to bottom: model, pairs, engine, what the reference thinks of them, then the
+session's loop. The reference is the model as the run finds it; it is asked once, before the first step, and is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from trainers.child.control import Control
+from trainers.child.data import Plan, micro_batch_size, micro_batches
+from trainers.child.engine import Engine, State, make_engine
+from trainers.child.loss import SummedLoss
+from trainers.child.memory import MemoryLimit
+from trainers.child.model import load
+from trainers.child.packing import PACKED_TOKENS
+from trainers.child.preference import Margins, Pair, Pairs, encode_pairs, flat, margins
+from trainers.child.rows import read_data
+from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, require_finite, update
+from trainers.child.world import World
+from trainers.config import TrainConfig
+
+
+def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit) -> None:
+    """Trains to the end and leaves the artifact. Raises TrainFailure and Stopped."""
+    loaded = load(config, world.device)
+    hyper = config.hyperparams
+    rows, rows_held_out = read_data(config)
+    data = encode_pairs(rows, loaded.tokenizer, hyper, loaded.context)
+    held_out = encode_pairs(rows_held_out, loaded.tokenizer, hyper, loaded.context).pairs if rows_held_out else []
+    plan = Plan(len(data.pairs), hyper)
+
+    loss = SummedLoss(loaded.model)
+    short = data.max_seq_len <= PACKED_TOKENS  # a longer sequence would spend its time on what the mask throws away
+    loss.find_shortcuts(packing=hyper.packing if short else False, max_seq_len=data.max_seq_len)
+    config = replace(config, hyperparams=replace(hyper, packing=loss.packs))
+    micro = micro_batch_size(hyper, world.size, 2 * data.max_seq_len)
+    if loss.packs:
+        micro = min(micro, max(1, PACKED_TOKENS // data.max_seq_len))
+    loss.train()
+    engine = WithReference(make_engine(loss, config, world, micro))
+    torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
+
+    policy = Policy(loss, loaded.tokenizer.pad_token_id, world, control)
+    trainer = _Trainer(policy, engine, data.pairs, plan, MicroBatch(micro), hyper.beta)
+    evaluate = (lambda: trainer.evaluate(held_out)) if held_out else None
+    session = Session(Place(config, world, control, memory), loaded, engine, plan, evaluate)
+    session.open()
+    if not engine.reference:  # a checkpoint brings it along
+        engine.reference["train"] = policy.ask(data.pairs, micro, "reference")
+        engine.reference["validation"] = policy.ask(held_out, micro, "reference of the validation rows")
+    session.run(trainer, _facts(data))
+
+
+def _facts(data: Pairs) -> DataFacts:
+    tokens = sum(pair.tokens for pair in data.pairs)
+    return DataFacts(len(data.pairs), tokens, data.max_seq_len, data.truncated, data.dropped)
+
+
+@dataclass(frozen=True)
+class WithReference:
+    """An engine whose state includes what the reference thinks: {"train", "validation"}, each [pairs, 2]."""
+
+    engine: Engine
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.engine.backward(loss, last=last)
+
+    def step(self, lr: float) -> float:
+        return self.engine.step(lr)
+
+    def state(self) -> State:
+        return {**self.engine.state(), "reference": self.reference}
+
+    def load_state(self, state: State) -> None:
+        self.reference.update(state["reference"])
+        self.engine.load_state(state)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model as a judge of answers."""
+
+    loss: SummedLoss
+    pad: int
+    world: World
+    control: Control
+
+    def log_probs(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """[pairs, 2]; in fp32 on the model's device."""
+        piece = self.loss.piece(flat(pairs), self.pad)
+        if not pairs:
+            return self.loss(piece).expand(0, 2)
+        return -self.loss.row_losses(piece, 2 * len(pairs)).view(-1, 2)
+
+    @torch.no_grad()
+    def ask(self, pairs: Sequence[Pair], size: int, what: str) -> torch.Tensor:
+        """[pairs, 2] on the host, the same on all ranks, without dropout. Raises Stopped."""
+        self.loss.eval()
+        found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        for batch in self.batches(len(pairs), size):
+            found[batch] = self.log_probs([pairs[i] for i in batch]).double().cpu()
+            self.control.emit("progress", what=what, done=batch[-1] + 1 if batch else 0, total=len(pairs))
+        self.loss.train()
+        return torch.tensor(self.world.sum(*found.flatten().tolist())).view(-1, 2)
+
+    def batches(self, rows: int, size: int) -> Iterator[list[int]]:
+        """This rank's share of all rows."""
+        for batch in micro_batches(range(rows), self.world.rank, self.world.size, size):
+            self.control.between()
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """One optimizer step over a global batch, and the same measures on other pairs."""
+
+    policy: Policy
+    engine: WithReference
+    pairs: Sequence[Pair]
+    plan: Plan
+    micro: MicroBatch
+    beta: float
+
+    def step(self, step: int) -> Fields:
+        """The loss is the mean over the pairs of the global batch."""
+        batch, world = self.plan.batch(step), self.policy.world
+        pieces = micro_batches(batch, world.rank, world.size, self.micro.size)
+        sums = [0.0, 0.0, 0.0]
+        for number, rows in enumerate(pieces, 1):
+            found = self._margins([self.pairs[row] for row in rows], self.engine.reference["train"][rows])
+            part = found.loss() / len(batch)
+            self.engine.backward(part, last=number == len(pieces))
+            sums = _added(sums, float(part.detach()), *found.measures())
+        mean, right, margin = world.sum(*sums)
+        require_finite("loss", mean, step)
+        lr = self.plan.lr(step)
+        norm = update(self.engine, lr, step)
+        measured = {"reward_accuracy": right / len(batch), "reward_margin": margin / len(batch)}
+        tokens = sum(self.pairs[row].tokens for row in batch)
+        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, **measured}
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Raises Stopped."""
+        self.policy.loss.eval()
+        sums = [0.0, 0.0, 0.0]
+        for batch in self.policy.batches(len(pairs), self.micro.size):
+            found = self._margins([pairs[i] for i in batch], self.engine.reference["validation"][batch])
+            sums = _added(sums, float(found.loss()), *found.measures())
+        self.policy.loss.train()
+        loss, right, margin = (value / len(pairs) for value in self.policy.world.sum(*sums))
+        return {"loss": loss, "reward_accuracy": right, "reward_margin": margin, "rows": len(pairs)}
+
+    def _margins(self, pairs: Sequence[Pair], reference: torch.Tensor) -> Margins:
+        log_probs = self.policy.log_probs(pairs)
+        return margins(log_probs, reference.to(log_probs), self.beta)
+
+
+def _added(sums: Sequence[float], *more: float) -> list[float]:
+    return [one + other for one, other in zip(sums, more, strict=True)]

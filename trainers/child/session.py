@@ -1,0 +1,247 @@
+"""What all recipes share once model, data and engine are there: resume, the loop over steps, evaluations, checkpoints, the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from trainers.child.artifact import write_artifact
+from trainers.child.checkpoint import Position, Store, identity_of
+from trainers.child.control import Actions, Control
+from trainers.child.data import Plan
+from trainers.child.engine import Engine
+from trainers.child.failure import TrainFailure, describe, is_memory
+from trainers.child.memory import MemoryLimit
+from trainers.child.model import Loaded
+from trainers.child.world import World
+from trainers.config import TrainConfig
+
+Fields = dict[str, Any]
+
+
+class Trainer(Protocol):
+    @property
+    def micro(self) -> MicroBatch: ...
+
+    def step(self, step: int) -> Fields:
+        """{loss, lr, grad_norm, tokens} and what else it measured. Raises TrainFailure."""
+        ...
+
+
+@dataclass
+class MicroBatch:
+    """At most so many rows in one forward pass; fewer once the memory was too small for them."""
+
+    size: int
+
+    def halve(self) -> bool:
+        """False: it is one row already."""
+        halved, self.size = self.size > 1, max(1, self.size // 2)
+        return halved
+
+
+BEST_LOSS, BEST_STEP, NOT_BETTER = "best_validation_loss", "best_step", "evaluations_not_better"
+"""In the metrics of a position: a run that resumes goes on counting."""
+
+_NOT_MEASURES = ("rows", "samples")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run runs."""
+
+    config: TrainConfig
+    world: World
+    control: Control
+    memory: MemoryLimit
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Of the rows as they are trained on: how many, their tokens, the limit, and how many were cut or left out."""
+
+    rows: int
+    tokens: int
+    max_seq_len: int
+    truncated: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class Session:
+    """`evaluate`: the fields of an `evaluated` message, but for step and when; None: there is nothing to evaluate on."""
+
+    place: Place
+    loaded: Loaded
+    engine: Engine
+    plan: Plan
+    evaluate: Callable[[], Fields] | None
+    position: Position = field(default_factory=Position)
+
+    def open(self) -> None:
+        """Stands where the checkpoint says, or at the start. Raises TrainFailure."""
+        config = self.place.config
+        self.store = Store(config, self.place.world, identity_of(config, self.loaded.precision))
+        if config.resume_from:
+            self.position = self.store.read(Path(config.resume_from), self.engine)
+        self.place.control.attach(Actions(self._save, self.store.prune), self.position.step)
+        self.place.memory.check()
+
+    def run(self, trainer: Trainer, facts: DataFacts) -> None:
+        """From where it stands to the artifact. Raises TrainFailure and Stopped."""
+        control = self.place.control
+        self._report_ready(facts)
+        if self.position.step == 0:
+            self._evaluate("before")
+        else:
+            self._evaluate_during()
+        control.between()
+        while self.position.step < self.plan.steps and not self._stops_early():
+            self._advance(trainer)
+            if self.position.step == self.plan.steps:
+                control.save()
+            else:
+                self._evaluate_during()
+            control.between()
+        control.save()  # one that stopped early
+        self._evaluate("after")
+        self._finish()
+
+    def _advance(self, trainer: Trainer) -> None:
+        began, step, control = time.monotonic(), self.position.step + 1, self.place.control
+        done = self._train(trainer, step)
+        self.place.memory.check()
+        metrics = {**self.position.metrics, "train_loss": done["loss"]}
+        self.position = replace(self.position, step=step, metrics=metrics)
+        control.step = step
+        control.emit("step", step=step, epoch=self.plan.epoch(step), **done, seconds=time.monotonic() - began)
+
+    def _train(self, trainer: Trainer, step: int) -> Fields:
+        """Again with half the micro-batch where the memory was too small; several ranks could not agree on that."""
+        while True:
+            try:
+                return trainer.step(step)
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory(error) or self.place.world.size > 1 or not trainer.micro.halve():
+                    raise
+            for parameter in self.loaded.model.parameters():
+                parameter.grad = None
+            if self.place.world.device != "cpu":
+                torch.cuda.empty_cache()
+            rows = f"at most {trainer.micro.size} row(s) in a forward pass"
+            warn(self.place.control, f"Step {step} ran out of memory; once more with {rows}.")
+
+    def _save(self) -> None:
+        written = self.store.write(self.position, self.loaded.model, self.engine)
+        if written is not None:
+            self.place.control.emit(
+                "checkpoint",
+                step=written.step,
+                path=str(written.path),
+                bytes=written.bytes,
+                sha256=written.sha256,
+                metrics=self.position.metrics,
+            )
+
+    # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _evaluate_during(self) -> None:
+        every, step = self._evaluation_steps(), self.position.step
+        if every and step % every == 0 and self.position.evaluated_step != step:
+            self._evaluate("during")
+            if self.position.metrics.get(BEST_STEP) == step:
+                self.place.control.save()  # the best so far must not wait for the clock
+
+    def _evaluation_steps(self) -> int | None:
+        hyper = self.place.config.hyperparams
+        once_an_epoch = self.plan.steps_per_epoch if hyper.early_stopping_patience else None
+        return hyper.eval_steps or once_an_epoch
+
+    def _evaluate(self, when: str) -> None:
+        if self.evaluate is None:
+            return
+        with self.place.control.during("evaluating"):
+            fields = self.evaluate()
+        measured = {f"validation_{key}": value for key, value in fields.items() if key not in _NOT_MEASURES}
+        metrics = {**self.position.metrics, **measured}
+        if when == "during":
+            metrics |= _compared(metrics, self.position.step)
+        self.position = replace(self.position, evaluated_step=self.position.step, metrics=metrics)
+        self.place.control.emit("evaluated", step=self.position.step, when=when, **fields)
+
+    def _stops_early(self) -> bool:
+        patience = self.place.config.hyperparams.early_stopping_patience
+        return patience is not None and self.position.metrics.get(NOT_BETTER, 0) >= patience
+
+    # ── what is told ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _report_ready(self, facts: DataFacts) -> None:
+        control = self.place.control
+        if self.loaded.template_added:
+            warn(control, "The base model has no chat template; ChatML is used and stored.")
+        if facts.truncated:
+            left_out = f"{facts.dropped} of them are left out"
+            warn(control, f"{facts.truncated} rows are longer than {facts.max_seq_len} tokens; {left_out}.")
+        control.emit(
+            "ready",
+            steps=self.plan.steps,
+            epochs=self.plan.epoch(self.plan.steps),
+            start_step=self.position.step,
+            trainable_parameters=self.loaded.count(trainable=True),
+            parameters=self.loaded.count(),
+            tokens_per_epoch=facts.tokens,
+            rows=facts.rows,
+            threads=torch.get_num_threads(),
+            precision=self.loaded.precision,
+        )
+        control.state = "training"
+
+    def _finish(self) -> None:
+        control, world = self.place.control, self.place.world
+        if self._stops_early():
+            best = f"the lowest validation loss was that of step {self.position.metrics[BEST_STEP]}"
+            control.emit("log", level="info", message=f"Stopped early after step {self.position.step}: {best}.")
+        control.state = "finishing"
+        control.close()
+        if world.rank == 0:
+            folder, hashes = write_artifact(self.loaded, self.place.config, self.position.metrics)
+            control.state = "finished"
+            done = {"artifact": str(folder), "sha256": hashes, "metrics": self.position.metrics}
+            control.emit("finished", step=self.position.step, **done)
+        world.barrier()
+
+
+def _compared(metrics: Fields, step: int) -> Fields:
+    if metrics["validation_loss"] < metrics.get(BEST_LOSS, math.inf):
+        return {BEST_LOSS: metrics["validation_loss"], BEST_STEP: step, NOT_BETTER: 0}
+    return {NOT_BETTER: metrics.get(NOT_BETTER, 0) + 1}
+
+
+def warn(control: Control, message: str) -> None:
+    control.emit("log", level="warning", message=message)
+
+
+def update(engine: Engine, lr: float, step: int) -> float:
+    """The gradient's norm. Raises TrainFailure, also when memory runs out: half an update cannot be taken back."""
+    try:
+        norm = engine.step(lr)
+    except (RuntimeError, MemoryError) as error:
+        raise describe(error) from error
+    require_finite("gradient", norm, step)
+    return norm
+
+
+def require_finite(what: str, value: float, step: int) -> None:
+    """Raises TrainFailure."""
+    if not math.isfinite(value):
+        raise TrainFailure(
+            "loss_not_finite",
+            f"The {what} of step {step} is {value}. No checkpoint holds it.",
+            hint="Lower lr, raise warmup_ratio, or look for rows with broken text; resume from the last checkpoint.",
+        )
