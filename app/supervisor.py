@@ -39,6 +39,9 @@ from app.processes import (
 )
 from app.settings import CONFIG_VARIABLE, Settings, load_settings
 from cluster.errors import Conflict, HeliostatError, Unavailable
+from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.sandbox.host import needed
+from runtime_envs.sandbox.spec import Isolation
 
 log = logging.getLogger("heliostat.supervisor")
 
@@ -129,6 +132,7 @@ class Supervisor:
                 remove_folder(Path(str(scratch)))
 
     def _start_all(self) -> None:
+        check_isolation(self._settings)
         self._settings = resolve(self._settings)
         self._say(phase="database")
         self._start_postgres()
@@ -282,6 +286,21 @@ def keep_ray_logs(scratch: Path, kept: Path) -> None:
     for logs in scratch.glob("session_2*/logs"):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
+
+
+def check_isolation(settings: Settings) -> None:
+    """Raises `Unavailable` where this machine cannot isolate tenants' code and has to, `Conflict` where a production service
+    would not insist on it."""
+    if settings.profile == "production" and settings.isolation != "required":
+        raise Conflict(
+            f"a production service isolates tenants' code; isolation is {settings.isolation}",
+            code="isolation_not_required",
+            hint='Set `isolation = "required"`, or `profile = "laptop"` where all tenants trust each other.',
+        )
+    try:
+        needed(Isolation(settings.isolation))
+    except EnvironmentProblem as problem:
+        raise Unavailable(problem.message, code=problem.code, hint=problem.hint) from problem
 
 
 def resolve(settings: Settings) -> Settings:

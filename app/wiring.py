@@ -16,14 +16,26 @@ from app.db.job_store import SqlJobStore
 from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database, PoolSettings
 from app.importer import ImporterParts
-from app.settings import SchedulerTimes, Settings, load_settings
+from app.settings import GIB, SchedulerTimes, Settings, load_settings
+from cluster.client import check_environment
 from cluster.errors import EnvironmentError_, HeliostatError
-from cluster.ports import AgentParts, NodeSettings, PreparedEnvironment, SchedulerParts, SchedulerSettings
+from cluster.ports import (
+    AgentParts,
+    CheckedEnvironment,
+    NodeSettings,
+    PreparedEnvironment,
+    SchedulerParts,
+    SchedulerSettings,
+)
 from cluster.storage.objects import ObjectStore
+from runtime_envs.budget import Budget
+from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.environments import Environments
+from runtime_envs.environments import solve_environment as solve
 from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.index import PipIndex, machine_index
-from runtime_envs.lock import Solved, solve
-from runtime_envs.materialize import HostEnvironments
+from runtime_envs.lock import Solved
+from runtime_envs.sandbox.spec import Isolation
 from trainers.run.launch import RayDriverLauncher
 from trainers.run.parts import DriverParts, DriverSettings
 
@@ -54,6 +66,7 @@ def http_app() -> FastAPI:
         database=rows,
         storage=ObjectStore(settings.objects_url),
         solve=partial(solve_environment, settings),
+        check_environment=check_environment,
         verifier=make_verifier(settings, rows),
         issuer=Issuer(settings, rows) if settings.auth.builtin else None,
     )
@@ -88,6 +101,8 @@ def driver_parts() -> DriverParts:
             checkpoint_every_s=settings.training.checkpoint_every_s,
             exact_match_rows=settings.training.exact_match_rows,
             yield_grace_s=settings.scheduler.yield_grace_s,
+            isolation=Isolation(settings.isolation),
+            sandbox=settings.sandbox.limits(),
         ),
     )
 
@@ -96,7 +111,7 @@ def agent_parts() -> AgentParts:
     settings = load_settings()
     node = settings.node
     return AgentParts(
-        NodeEnvironments(settings.node_root, pip_index(settings)),
+        NodeEnvironments(settings.node_root, pip_index(settings), disk_budget(settings)),
         NodeSettings(settings.node_root, settings.objects_url, **node.model_dump()),
     )
 
@@ -119,10 +134,26 @@ def pip_index(settings: Settings) -> PipIndex:
     )
 
 
+def disk_budget(settings: Settings) -> Budget | None:
+    allowed = settings.environments.disk_gb
+    return None if allowed is None else Budget(int(allowed * GIB))
+
+
+def conda_places(settings: Settings) -> CondaPlaces:
+    allowed = settings.environments
+    policy = CondaPolicy(
+        channels=allowed.channels,
+        denied=frozenset(allowed.denied_packages),
+        max_packages=allowed.max_packages,
+        max_bytes=int(allowed.max_gb * GIB),
+    )
+    return CondaPlaces(policy, settings.data_dir / "cache" / "conda", pip_index(settings))
+
+
 def solve_environment(settings: Settings, text: str) -> Solved:
     """environment.yml → lock. Raises `EnvironmentError_`."""
     try:
-        return solve(text, index=pip_index(settings))
+        return solve(text, conda_places(settings))
     except EnvironmentProblem as problem:
         raise of_the_house(problem) from problem
 
@@ -130,18 +161,29 @@ def solve_environment(settings: Settings, text: str) -> Solved:
 class NodeEnvironments:
     """`cluster.ports.EnvironmentStore` over `runtime_envs`, which knows nothing of the cluster's errors."""
 
-    def __init__(self, root: Path, index: PipIndex) -> None:
-        self._environments = HostEnvironments(root, index)
+    def __init__(self, root: Path, index: PipIndex, budget: Budget | None = None) -> None:
+        self._environments = Environments(root, index, budget)
 
     def materialize(self, lock: dict[str, Any]) -> PreparedEnvironment:
         try:
             made = self._environments.materialize(lock)
         except EnvironmentProblem as problem:
             raise of_the_house(problem) from problem
-        return PreparedEnvironment(made.fingerprint, made.prefix, made.python)
+        return PreparedEnvironment(made.fingerprint, made.prefix, made.python, made.stages)
 
     def ready(self) -> frozenset[str]:
         return self._environments.ready()
+
+    def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
+        if fingerprint not in self.ready():
+            return None
+        try:
+            if not repair:
+                return CheckedEnvironment(tuple(self._environments.verify(fingerprint, full=True)))
+            done = self._environments.repair(fingerprint)
+        except EnvironmentProblem as problem:
+            raise of_the_house(problem) from problem
+        return CheckedEnvironment(done.files, bool(done.files), done.environments)
 
 
 def of_the_house(problem: EnvironmentProblem) -> EnvironmentError_:

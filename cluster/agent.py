@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.core.job import Node
 from cluster.detect import detect
-from cluster.ports import AgentParts, EnvironmentStore, NodeReport
+from cluster.ports import AgentParts, CheckedEnvironment, EnvironmentStore, NodeReport
 from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore
@@ -56,10 +56,15 @@ class NodeAgent:
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
         return NodeReport(node, ours, leaves_at)
 
-    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]:
-        """{fingerprint, prefix, python}; may take minutes. Raises `EnvironmentError_`."""
+    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
+        """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`."""
         made = self._open().environments.materialize(lock)
-        return {"fingerprint": made.fingerprint, "prefix": str(made.prefix), "python": str(made.python)}
+        places = {"prefix": str(made.prefix), "python": str(made.python)}
+        return {"fingerprint": made.fingerprint, **places, "stages": dict(made.stages)}
+
+    def check_environment(self, fingerprint: str, repair: bool) -> CheckedEnvironment | None:
+        """None: it is not on this node. Reads all of it (seconds). Raises `EnvironmentError_`."""
+        return self._open().environments.check(fingerprint, repair=repair)
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         """The folder with the model. Raises `NotFound`, `Conflict` (`object_damaged`)."""

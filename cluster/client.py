@@ -16,8 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster.agent import NodeAgent
-from cluster.errors import Fenced, Unavailable
-from cluster.ports import AgentParts, NodeReport, SchedulerParts
+from cluster.errors import Fenced, HeliostatError, Unavailable
+from cluster.ports import AgentParts, CheckedEnvironment, NodeReport, SchedulerParts
 from cluster.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ QUESTIONS = 32
 
 REPORT_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 15.0
+CHECK_TIMEOUT_S = 600.0
 
 SchedulerWiring = Callable[[], SchedulerParts]
 AgentWiring = Callable[[], AgentParts]
@@ -154,6 +155,20 @@ class RayNodes:
         except (Unavailable, RayError) as error:
             log.warning("node %s cannot say whether job %s attempt %d lives: %s", node, job_id, attempt, error)
             return None
+
+
+def check_environment(fingerprint: str, repair: bool) -> dict[str, CheckedEnvironment | HeliostatError]:
+    """Of every node that has it: what its agent found, or why it could not. Raises `Unavailable`."""
+    calls = {node: agent.check_environment.remote(fingerprint, repair) for node, agent in _agents_there().items()}
+    found: dict[str, CheckedEnvironment | HeliostatError] = {}
+    for node, call in calls.items():
+        try:
+            checked = ask(call, CHECK_TIMEOUT_S)
+        except HeliostatError as error:
+            found[node] = error
+        else:
+            found |= {} if checked is None else {node: checked}
+    return found
 
 
 def _agents_there() -> dict[str, ActorHandle[Any]]:

@@ -152,9 +152,22 @@ class Nodes(Protocol):
 
 @dataclass(frozen=True)
 class PreparedEnvironment:
+    """`stages`: seconds that each step took, in order; few of them when it was there already."""
+
     fingerprint: str
     prefix: Path
     python: Path
+    stages: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class CheckedEnvironment:
+    """Files by their path from the prefix. `repaired`: all that was damaged, in so many environments (`environments`, by
+    fingerprint): those that shared the files."""
+
+    damaged: tuple[str, ...]
+    repaired: bool = False
+    environments: tuple[str, ...] = ()
 
 
 class EnvironmentStore(Protocol):
@@ -166,6 +179,11 @@ class EnvironmentStore(Protocol):
 
     def ready(self) -> frozenset[str]:
         """Fingerprints that are ready on this node."""
+        ...
+
+    def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
+        """Reads every file of one that is ready here (None: it is not), and puts back what changed if told to. Raises
+        EnvironmentError_."""
         ...
 
 

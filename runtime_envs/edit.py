@@ -63,5 +63,5 @@ def diff(lock_a: dict[str, Any], lock_b: dict[str, Any]) -> LockDiff:
 
 
 def _versions(lock: dict[str, Any]) -> dict[str, str]:
-    own = {package["name"]: package["version"] for package in lock["pip"]}
+    own = {package["name"]: package["version"] for package in (*lock.get("conda", ()), *lock["pip"])}
     return {"python": lock["python"], **lock["base"]["packages"], **own}

@@ -21,6 +21,7 @@ def fingerprint_of(lock: dict[str, Any]) -> str:
 def dependency_md5_of(lock: dict[str, Any]) -> str:
     """Of the effective `name==version` lines and the Python: equal for environments that import the same packages,
     however they came about. For people and dashboards; nothing relies on MD5."""
-    versions = dict(lock["base"]["packages"]) | {package["name"]: package["version"] for package in lock["pip"]}
+    own = {package["name"]: package["version"] for package in (*lock.get("conda", ()), *lock["pip"])}
+    versions = dict(lock["base"]["packages"]) | own
     lines = [f"python=={lock['python']}", *(f"{name}=={version}" for name, version in sorted(versions.items()))]
     return hashlib.md5("\n".join(lines).encode(), usedforsecurity=False).hexdigest()

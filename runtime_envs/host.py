@@ -36,13 +36,15 @@ class Installed:
 
 @dataclass(frozen=True)
 class HostBase:
-    """`core` packages are never replaced; `installed` are all packages of the platform by canonical name."""
+    """`core` packages are never replaced; `installed` are all packages of the platform by canonical name. `own_python`: its
+    interpreter is the one that runs this."""
 
     name: str
     python: str
     platform: str
     core: tuple[str, ...]
     installed: Mapping[str, Installed]
+    own_python: bool = True
 
     def version(self, name: str) -> str | None:
         package = self.installed.get(name)

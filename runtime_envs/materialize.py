@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,30 +13,34 @@ import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime_envs.errors import BUILD_FAILED, DAMAGED, EnvironmentProblem
+from runtime_envs.errors import BUILD_FAILED, DAMAGED, DISK_FULL, EnvironmentProblem
 from runtime_envs.fingerprint import FINGERPRINT, fingerprint_of
 from runtime_envs.flock import held
 from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, seal, site_packages
 from runtime_envs.index import PipIndex, machine_index
-from runtime_envs.lock import Lock, check_base, read_lock
+from runtime_envs.lock import Lock, LockedPackage, check_base, read_lock
 from runtime_envs.uv import READABLE_UMASK, run_uv
 from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_ready, quick_verify, walk
 
 LOCK_TIMEOUT_S = 1800.0
 COMPILE_TIMEOUT_S = 900.0
+LOCK = "lock.json"
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An environment that is ready. `python` is the interpreter of the prefix."""
+    """An environment that is ready. `python` is the interpreter of the prefix. `stages`: seconds that each took, in order."""
 
     fingerprint: str
     prefix: Path
     python: Path
+    stages: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 class HostEnvironments:
@@ -64,15 +69,15 @@ class HostEnvironments:
         check_base(parsed, base)
         home = self.path(fingerprint)
         try:
-            with held(self._root / "locks" / f"{fingerprint}.lock", LOCK_TIMEOUT_S) as lock_fd:
+            with held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
                     self._build(parsed, base, home, lock_fd)
         except TimeoutError:
-            raise _failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
+            raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except OSError as error:
-            raise _failed(f"{error.strerror or error} ({error.filename or home})") from error
+            raise build_failed(f"{error.strerror or error} ({error.filename or home})") from error
         if damaged := quick_verify(home):
-            raise _damaged(home, damaged)
+            raise damaged_problem(home, damaged)
         return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX))
 
     def _build(self, lock: Lock, base: HostBase, home: Path, lock_fd: int) -> None:
@@ -84,34 +89,54 @@ class HostEnvironments:
         make_prefix(prefix, base)
         if lock.pip:
             before = seal(prefix)
-            self._install(lock, prefix, lock_fd)
+            index = self._index or machine_index()
+            install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
             _check_seal(prefix, before)
             _compile(prefix, lock_fd)
         make_readable(home)
-        _write_durably(home / "lock.json", lock.model_dump_json())
-        _write_durably(home / MANIFEST, json.dumps(build_manifest(prefix)))
-        _write_durably(home / READY, "")
+        write_durably(home / LOCK, lock.model_dump_json())
+        write_durably(home / MANIFEST, json.dumps(build_manifest(prefix)))
+        write_durably(home / READY, "")
 
-    def _install(self, lock: Lock, prefix: Path, lock_fd: int) -> None:
-        index = self._index or machine_index()
-        pins = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}" for package in lock.pip]
-        with tempfile.TemporaryDirectory(prefix="install-", dir=prefix.parent) as folder:
-            scratch = Path(folder)
-            (scratch / "requirements.txt").write_text("\n".join([*index.lines(), *pins]) + "\n", encoding="utf-8")
-            result = run_uv(
-                ["pip", "install", "--requirement", "requirements.txt", "--require-hashes", "--no-deps", "--no-build",
-                 "--python", str(python_of(prefix)), "--link-mode", "hardlink",
-                 "--cache-dir", str(self._root / "uv-cache")],
-                index, scratch=scratch, keep_fd=lock_fd,
-            )  # fmt: skip
-        if result.returncode != 0:
-            raise _failed(result.message[:3000])
+
+@dataclass(frozen=True)
+class WheelPlaces:
+    """`cache` must lie on the filesystem of the prefixes: files are hard links into it."""
+
+    index: PipIndex
+    cache: Path
+    lock_fd: int
+
+
+def install_wheels(packages: Sequence[LockedPackage], prefix: Path, places: WheelPlaces) -> None:
+    """uv asks the prefix's Python who it is: nothing of a tenant may be in the prefix yet."""
+    pins = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}" for package in packages]
+    with tempfile.TemporaryDirectory(prefix="install-", dir=prefix.parent) as folder:
+        scratch = Path(folder)
+        (scratch / "requirements.txt").write_text("\n".join([*places.index.lines(), *pins]) + "\n", encoding="utf-8")
+        result = run_uv(
+            ["pip", "install", "--requirement", "requirements.txt", "--require-hashes", "--no-deps", "--no-build",
+             "--python", str(python_of(prefix)), "--link-mode", "hardlink", "--cache-dir", str(places.cache)],
+            places.index, scratch=scratch, keep_fd=places.lock_fd,
+        )  # fmt: skip
+    if result.returncode != 0:
+        raise build_failed(result.message[:3000])
 
 
 def environment_folder(root: Path, fingerprint: str) -> Path:
     if not FINGERPRINT.fullmatch(fingerprint):
         raise ValueError(f"not a fingerprint: {fingerprint!r}")
     return root / "envs" / fingerprint
+
+
+def lock_file(root: Path, fingerprint: str) -> Path:
+    """Held by whoever builds, repairs or removes this environment."""
+    return root / "locks" / f"{fingerprint}.lock"
+
+
+def caches_lock(root: Path) -> Path:
+    """Held by many who build, or by one who removes from the caches."""
+    return root / "locks" / "caches.lock"
 
 
 def _check_seal(prefix: Path, before: tuple[str, ...]) -> None:
@@ -152,7 +177,7 @@ def make_readable(folder: Path) -> None:
             path.chmod(0o755 if mode & stat.S_IXUSR else 0o644)
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -165,14 +190,20 @@ def _write_durably(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def _failed(reason: str) -> EnvironmentProblem:
+def build_failed(reason: str) -> EnvironmentProblem:
+    if NO_SPACE in reason:
+        return EnvironmentProblem(
+            DISK_FULL, f"The node's disk is full: {reason}",
+            hint="Free space under the data folder, or set `environments.disk_gb`; then retry the job.",
+            fixable_by="operator",
+        )  # fmt: skip
     return EnvironmentProblem(
         BUILD_FAILED, f"The environment could not be made on this node: {reason}",
         hint="Check the node's disk and its package index, then retry the job.", fixable_by="operator",
     )  # fmt: skip
 
 
-def _damaged(home: Path, names: list[str]) -> EnvironmentProblem:
+def damaged_problem(home: Path, names: list[str]) -> EnvironmentProblem:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return EnvironmentProblem(
         DAMAGED, f"Files of environment {home.name} changed since it was built: {', '.join(names[:3])}{more}.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.tags import sys_tags
+from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from platformdirs import user_cache_path
 
@@ -28,12 +28,14 @@ MAX_REASON_CHARS = 3000
 
 @dataclass(frozen=True)
 class Resolved:
-    """`filename` and `sha256` of the wheel for this platform; empty for what the base has."""
+    """`filename`, `sha256` and `url` (where it was found, without a password) of the wheel for this platform; empty for what
+    the base has."""
 
     name: str
     version: str
     filename: str
     sha256: str
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def solve_pip(wanted: Sequence[Dependency], base: HostBase, index: PipIndex) -> 
         answer = tomllib.loads((scratch / "pylock.toml").read_text(encoding="utf-8"))
     packages = answer.get("packages", [])
     provided = {p["name"]: p["version"] for p in packages if base.version(canonicalize_name(p["name"])) == p["version"]}
-    over = tuple(_resolved(p) for p in packages if p["name"] not in provided)
+    tags = _tags(base)
+    over = tuple(_resolved(p, tags) for p in packages if p["name"] not in provided)
     return PipSolution(over, dict(sorted(provided.items())))
 
 
@@ -67,9 +70,10 @@ def _write_question(scratch: Path, wanted: Iterable[Dependency], base: HostBase,
     (scratch / "pylock.toml").write_text(_preferences(base.installed.values()), encoding="utf-8")
     cache_dir = (index.cache_dir or user_cache_path("heliostat")).absolute()
     stubs = base_wheels(base.installed.values(), cache_dir)
+    target = [] if base.own_python else ["--python-version", base.python]
     return ["pip", "compile", "requirements.in", "--output-file", "pylock.toml", "--python", sys.executable,
             "--no-build", "--find-links", str(stubs), "--no-header", "--no-annotate",
-            "--cache-dir", str(cache_dir / "uv")]  # fmt: skip
+            "--cache-dir", str(cache_dir / "uv"), *target]  # fmt: skip
 
 
 def _preferences(installed: Iterable[Installed]) -> str:
@@ -78,9 +82,18 @@ def _preferences(installed: Iterable[Installed]) -> str:
     return 'lock-version = "1.0"\ncreated-by = "heliostat"\n' + "".join(entries)
 
 
-def _resolved(package: dict[str, Any]) -> Resolved:
+def _tags(base: HostBase) -> list[Tag]:
+    """Of wheels that the base's Python can use, best first."""
+    if base.own_python:
+        return list(sys_tags())
+    version = [int(part) for part in base.python.split(".")[:2]]
+    platforms = list(dict.fromkeys(tag.platform for tag in sys_tags() if tag.platform != "any"))
+    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, platforms=platforms)]
+
+
+def _resolved(package: dict[str, Any], tags: Sequence[Tag]) -> Resolved:
     """The wheel that fits this platform best, so that a lock does not change when others are added to the release."""
-    rank = {tag: position for position, tag in enumerate(sys_tags())}
+    rank = {tag: position for position, tag in enumerate(tags)}
     candidates = [(_rank(name, rank), name, wheel) for wheel in package.get("wheels", ()) if (name := _filename(wheel))]
     best = min((c for c in candidates if c[0] is not None and c[2].get("hashes", {}).get("sha256")), default=None,
                key=lambda candidate: (candidate[0], candidate[1]))  # fmt: skip
@@ -89,7 +102,12 @@ def _resolved(package: dict[str, Any]) -> Resolved:
             UNSOLVABLE, f"{package['name']} {package['version']} has no wheel with a SHA-256 for this platform.",
             hint="Choose another version; packages are not built from source here.",
         )  # fmt: skip
-    return Resolved(package["name"], package["version"], best[1], best[2]["hashes"]["sha256"])
+    return Resolved(package["name"], package["version"], best[1], best[2]["hashes"]["sha256"], _url(best[2], best[1]))
+
+
+def _url(wheel: dict[str, Any], filename: str) -> str:
+    parts = urlsplit(wheel.get("url") or "")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else filename
 
 
 def _filename(wheel: dict[str, Any]) -> str:
@@ -126,5 +144,5 @@ def _mentions(reason: str, name: str) -> bool:
 def _hint(reason: str, base: HostBase) -> str:
     core = [f"{name} {base.version(name)}" for name in base.core if _mentions(reason, name)]
     if core:
-        return f"The base `host` has {', '.join(core)}, which cannot be replaced: leave it out or allow this version."
+        return f"The base `{base.name}` has {', '.join(core)}, which cannot be replaced: leave it out or allow this version."
     return "Loosen or change the named version, or check the spelling of the package."

@@ -19,7 +19,8 @@ MAX_BYTES = 64 * 1024
 MAX_DEPENDENCIES = 500
 MAX_DEPTH = 6
 KEYS = ("name", "channels", "dependencies", "base", "prefix")
-BASES = ("host",)
+BASES = ("host", "cpu", "cuda", "tensorflow")
+"""The first is the default; each is a file in `bases/`."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 CONDA_LINE = re.compile(r"(?:(?P<channel>[^:\s=<>]+)::)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?P<rest>.*)")
 CONDA_VERSION = re.compile(r"(?P<operator>==|>=|<=|!=|~=|>|<|=)?\s*(?P<version>[A-Za-z0-9.+!_-]+)?(?P<star>\.?\*)?")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ READY = "READY"
 MANIFEST = "manifest.json"
 PREFIX = "prefix"
 CHUNK_BYTES = 1024 * 1024
+CHUNK_FILES = 256
 
 
 def is_ready(home: Path) -> bool:
@@ -32,7 +34,7 @@ def build_manifest(prefix: Path) -> dict[str, Any]:
             links[name] = str(path.readlink())
         else:
             status = path.stat()
-            files[name] = [status.st_size, status.st_mtime_ns, _sha256(path)]
+            files[name] = [status.st_size, status.st_mtime_ns, sha256_of(path)]
     return {"files": files, "links": links}
 
 
@@ -49,7 +51,7 @@ def quick_verify(home: Path) -> list[str]:
     if manifest is None:
         return [MANIFEST]
     prefix = home / PREFIX
-    damaged = [name for name, entry in manifest["files"].items() if _changed(prefix / name, entry)]
+    damaged = [name for name, entry in manifest["files"].items() if _changed(f"{prefix}/{name}", entry)]
     return sorted(damaged + _changed_links(prefix, manifest["links"]))
 
 
@@ -60,7 +62,10 @@ def full_verify(home: Path) -> list[str]:
     if manifest is None:
         return [MANIFEST]
     prefix = home / PREFIX
-    damaged = [name for name, entry in manifest["files"].items() if _other_contents(prefix / name, entry)]
+    files = manifest["files"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        others = pool.map(lambda name: _other_contents(prefix / name, files[name]), files, chunksize=CHUNK_FILES)
+        damaged = [name for name, other in zip(files, others, strict=True) if other]
     return sorted({*damaged, *_changed_links(prefix, manifest["links"]), *_unknown(prefix, manifest)})
 
 
@@ -72,17 +77,17 @@ def _manifest(home: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _changed(path: Path, entry: list[Any]) -> bool:
+def _changed(path: str, entry: list[Any]) -> bool:
     try:
-        status = path.lstat()
+        status = os.lstat(path)  # a tenth of the time of a Path, for tens of thousands of files
     except OSError:
         return True
-    return [status.st_size, status.st_mtime_ns] != entry[:2]
+    return status.st_mtime_ns != entry[1] or status.st_size != entry[0]
 
 
 def _other_contents(path: Path, entry: list[Any]) -> bool:
     try:
-        return path.is_symlink() or path.stat().st_size != entry[0] or _sha256(path) != entry[2]
+        return path.is_symlink() or path.stat().st_size != entry[0] or sha256_of(path) != entry[2]
     except OSError:
         return True
 
@@ -104,7 +109,7 @@ def _unknown(prefix: Path, manifest: dict[str, Any]) -> list[str]:
     return [name for name in names if name not in known and not name.endswith(".pyc")]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

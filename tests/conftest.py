@@ -11,7 +11,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # else `import app` finds the folder tests/app first
 
-pytest_plugins = ["fixtures_postgres"]
+pytest_plugins = ["fixtures_postgres", "fixtures_host"]
 
 # A busy machine is no fault: properties are held for as long as they take.
 settings.register_profile("heliostat", deadline=None)

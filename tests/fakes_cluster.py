@@ -16,7 +16,7 @@ from filelock import FileLock
 from cluster.core.events import Grant, How, Resume, Yield
 from cluster.core.job import ACTIVE, Job, JobState, Node, Placement, TenantShare
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from cluster.ports import ActiveJob, Attempt, NodeReport, PreparedEnvironment, Rows, Shares
+from cluster.ports import ActiveJob, Attempt, CheckedEnvironment, NodeReport, PreparedEnvironment, Rows, Shares
 
 
 class ManualClock:
@@ -295,6 +295,9 @@ class NoEnvironments:
 
     def ready(self) -> frozenset[str]:
         return frozenset({"base"})
+
+    def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
+        return CheckedEnvironment(("lib/a.py",), repair, ("base",)) if fingerprint == "base" else None
 
 
 def pid_is_alive(pid: int) -> bool:

@@ -146,7 +146,7 @@ class FolderAgent:
     def report(self) -> NodeReport:
         return NodeReport(Node("n1", "cpu", slots=1, memory_gb=4.0))
 
-    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]:
+    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         self.hold.wait(30)
         if self.fails:
             raise self.fails

@@ -94,7 +94,7 @@ class Issuer:
     def _record(self, tenant: str | None, new: NewToken) -> None:
         with self._database.platform() as session:
             if tenant is not None:
-                ensure_tenant(session, tenant, self._settings.quota)
+                ensure_tenant(session, tenant, self._settings.quota, self._settings.sandbox.uids)
             session.add(
                 IssuedToken(
                     jti=new.jti,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from app.cli.command import group
 from app.cli.commands import (
     base_models,
+    channels,
     clusters,
     context,
     datasets,
     doctor,
+    env_run,
     environments,
     estimate,
     finetune,
@@ -34,7 +36,13 @@ for name, part_app in (
     app.add_typer(part_app, name=name)
 finetune.register(app)
 logs.register(jobs.app)
-for name, part_app in (("jobs", jobs.app), ("env", environments.app), ("models", models.app)):
+env_run.register(environments.app)
+for name, part_app in (
+    ("jobs", jobs.app),
+    ("env", environments.app),
+    ("channel", channels.app),
+    ("models", models.app),
+):
     app.add_typer(part_app, name=name)
 for later in (tenants, clusters, estimate, simulate):
     later.register(app)

@@ -7,7 +7,7 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Checkpoint, Dataset, Job, Lease, ModelVersion, Table
+from app.db.models import BaseModel, Checkpoint, Dataset, Job, Lease, ModelVersion, Table, Tenant
 from cluster.core.job import Placement
 from cluster.errors import Conflict, NotFound
 from cluster.storage.objects import folder_sha256
@@ -51,6 +51,7 @@ def read_assignment(session: Session, job: Job) -> Assignment:
         max_runtime_s=job.max_runtime_s,
         ran_s=job.ran_s,
         metadata=job.user_metadata,
+        uid=_get(session, Tenant, job.tenant_id).uid,
     )
 
 

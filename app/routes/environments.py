@@ -54,6 +54,18 @@ def update_environment(
     return JSONResponse(made, 201, {"location": f"/api/v1/environments/{made['id']}"})
 
 
+@router.post("/{ref}/verify")
+def verify_environment(ref: Ref, caller: CallerDep, services: ServicesDep) -> dict[str, Any]:
+    """Reads every file of it on every node that has it."""
+    return services.environments.check(caller, ref, repair=False)
+
+
+@router.post("/{ref}/repair")
+def repair_environment(ref: Ref, caller: CallerDep, services: ServicesDep) -> dict[str, Any]:
+    """As verify; what changed is put back, in all environments that share the files."""
+    return services.environments.check(caller, ref, repair=True)
+
+
 @router.delete("/{ref}")
 def delete_environment(ref: Ref, caller: CallerDep, services: ServicesDep) -> Deleted:
     return Deleted(id=services.environments.delete(caller, ref), object="environment")

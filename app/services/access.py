@@ -87,7 +87,7 @@ class Access:
         if tenant is not None and tenant not in self._known:
             with self._parts.database.platform() as session:
                 if own is not None:
-                    ensure_tenant(session, own, self._parts.settings.quota)
+                    ensure_tenant(session, own, self._parts.settings.quota, self._parts.settings.sandbox.uids)
                 elif session.get(Tenant, tenant) is None:
                     raise no_tenant(tenant)
             self._known.add(tenant)

@@ -16,9 +16,13 @@ from app.services.access import Caller, Repeat
 from app.services.job_view import unix
 from app.services.parts import Parts, SolvedEnvironment
 from cluster.core.job import TERMINAL
-from cluster.errors import Conflict, InvalidRequest
+from cluster.errors import Conflict, HeliostatError, InvalidRequest
+from cluster.ports import CheckedEnvironment
 from runtime_envs.edit import add_packages, diff
 from runtime_envs.spec import parse_spec
+
+MAX_NAMES = 100
+"""Of damaged files that an answer lists."""
 
 
 class EnvironmentService:
@@ -70,6 +74,19 @@ class EnvironmentService:
         other = self._row(tenant, against)
         return {**shown, "diff": diff(shown["lock"], other.lock).as_dict()}
 
+    def check(self, caller: Caller, ref: str, *, repair: bool) -> dict[str, Any]:
+        """Every file on every node that has it; seconds to a minute."""
+        row = self._row(caller.may("model:train", ref), ref)
+        found = self._parts.check_environment(row.fingerprint, repair)
+        nodes = [_checked(node, outcome) for node, outcome in sorted(found.items())]
+        return {
+            "object": "environment_check",
+            "environment": f"{row.name}@{row.version}",
+            "fingerprint": row.fingerprint,
+            "ok": all(node["status"] in ("ok", "repaired") for node in nodes),
+            "nodes": nodes,
+        }
+
     def delete(self, caller: Caller, ref: str) -> str:
         """Raises `Conflict` while a job that has not ended uses it."""
         tenant = caller.may("model:delete", ref)
@@ -91,6 +108,13 @@ class EnvironmentService:
             return Repository(session, tenant).environment(ref)
 
 
+def _checked(node: str, outcome: CheckedEnvironment | HeliostatError) -> dict[str, Any]:
+    if isinstance(outcome, HeliostatError):
+        return {"node": node, "status": "failed", "damaged": [], "error": outcome.message}
+    status = "repaired" if outcome.repaired else "damaged" if outcome.damaged else "ok"
+    return {"node": node, "status": status, "damaged": list(outcome.damaged[:MAX_NAMES]), "error": None}
+
+
 def _insert(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
     repository = Repository(session, row.tenant_id)
     number = repository.next_version(Environment, row.name)
@@ -105,6 +129,12 @@ def _insert(session: Session, row: Environment, solved: SolvedEnvironment) -> En
     return row
 
 
+def _over_the_base(lock: dict[str, Any]) -> list[dict[str, str]]:
+    base = lock["base"]["packages"]
+    conda = [package for package in lock.get("conda", ()) if package["name"] not in base]
+    return [{"name": package["name"], "version": package["version"]} for package in (*conda, *lock["pip"])]
+
+
 def environment_view(row: Environment, *, whole: bool) -> dict[str, Any]:
     shown = {
         "id": row.id,
@@ -117,7 +147,7 @@ def environment_view(row: Environment, *, whole: bool) -> dict[str, Any]:
         "python": row.lock["python"],
         "fingerprint": row.fingerprint,
         "dependency_md5": row.dependency_md5,
-        "packages": [{"name": one["name"], "version": one["version"]} for one in row.lock["pip"]],
+        "packages": _over_the_base(row.lock),
         "created_at": unix(row.created_at),
     }
     return {**shown, "spec": row.spec, "lock": row.lock} if whole else shown

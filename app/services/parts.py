@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from app.db.session import Database
 from app.services.changes import Changes
 from app.settings import Settings
+from cluster.errors import HeliostatError
+from cluster.ports import CheckedEnvironment
 from cluster.storage.objects import ObjectStore
 
 
@@ -23,6 +25,10 @@ class SolvedEnvironment(Protocol):
     def dependency_md5(self) -> str: ...
 
 
+CheckEnvironment = Callable[[str, bool], Mapping[str, CheckedEnvironment | HeliostatError]]
+"""(fingerprint, whether to repair) → by node that has it; blocking."""
+
+
 @dataclass(frozen=True)
 class Parts:
     settings: Settings
@@ -31,3 +37,4 @@ class Parts:
     changes: Changes
     solve: Callable[[str], SolvedEnvironment]
     """environment.yml → lock; seconds, blocking."""
+    check_environment: CheckEnvironment

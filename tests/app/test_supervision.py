@@ -21,7 +21,7 @@ from app import ray_head, supervisor
 from app.cli.local_service import end_left_behind, read_state
 from app.processes import PORTS, end_marked, free_port, mark, marked, start
 from app.settings import Settings
-from app.supervisor import Supervisor, resolve, resolved_file, state_file, write_resolved
+from app.supervisor import Supervisor, check_isolation, resolve, resolved_file, state_file, write_resolved
 from cluster.errors import Conflict, Unavailable
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -149,6 +149,7 @@ def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.integration
 def test_a_full_disk_neither_stops_the_service_nor_leaves_it_behind(
     settings: Settings, instance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,3 +202,17 @@ def test_an_empty_token_that_a_kill_left_is_made_again(settings: Settings) -> No
     assert len(made) == 64 and stat.S_IMODE(file.stat().st_mode) == 0o600
     ray_head.make_token(settings)
     assert file.read_text() == made
+
+
+@pytest.mark.usefixtures("bare_host")
+def test_what_must_isolate_does_not_start_where_nothing_can(settings: Settings) -> None:
+    with pytest.raises(Unavailable) as refused:
+        check_isolation(settings.model_copy(update={"isolation": "required"}))
+    assert refused.value.code == "isolation_unavailable" and "apt install bubblewrap" in str(refused.value.hint)
+    check_isolation(settings)
+
+
+def test_production_insists_on_isolation(settings: Settings) -> None:
+    with pytest.raises(Conflict) as refused:
+        check_isolation(settings.model_copy(update={"profile": "production"}))
+    assert refused.value.code == "isolation_not_required"

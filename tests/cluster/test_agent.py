@@ -95,7 +95,14 @@ def test_an_environment_is_handed_on_as_plain_data(agent: NodeAgent, tmp_path: P
         "fingerprint": "f1",
         "prefix": str(tmp_path / "f1"),
         "python": str(tmp_path / "f1/bin/python"),
+        "stages": {},
     }
+
+
+def test_an_environment_is_checked_where_it_is(agent: NodeAgent) -> None:
+    assert agent.check_environment("f1", repair=False) is None
+    checked = agent.check_environment("base", repair=True)
+    assert checked is not None and (checked.damaged, checked.repaired) == (("lib/a.py",), True)
 
 
 # Models -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders_channel import ChannelServer, served, write_channel
 from builders_wheels import write_wheel
 
+from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.environments import Environments
 from runtime_envs.index import PipIndex
 from runtime_envs.materialize import HostEnvironments
 
@@ -26,6 +30,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_wheel(folder, "starter", "1.0", files={"starter.pth": "import os; os.environ['STARTER_RAN'] = '1'\n"})
     write_wheel(folder, "hijack", "1.0", files={"hijack-1.0.data/data/pyvenv.cfg": "home = /nowhere\n"})
+    write_wheel(folder, "hijack_pip", "1.0", files={"hijack_pip-1.0.data/data/bin/python3.11": "#!/bin/sh\n"})
     return folder
 
 
@@ -37,3 +42,25 @@ def index(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> PipIndex:
 @pytest.fixture
 def environments(tmp_path: Path, index: PipIndex) -> HostEnvironments:
     return HostEnvironments(tmp_path / "node", index)
+
+
+@pytest.fixture(scope="session")
+def channel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conda")
+    return write_channel(folder / "channel", folder / "wheels")
+
+
+@pytest.fixture(scope="session")
+def channel(channel_folder: Path) -> Iterator[ChannelServer]:
+    with served(channel_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def places(channel: ChannelServer, index: PipIndex, tmp_path_factory: pytest.TempPathFactory) -> CondaPlaces:
+    return CondaPlaces(CondaPolicy({"conda-forge": channel.url}), tmp_path_factory.mktemp("conda-cache"), index)
+
+
+@pytest.fixture
+def node(tmp_path: Path, index: PipIndex) -> Environments:
+    return Environments(tmp_path / "node", index)

@@ -31,6 +31,8 @@ HostEnvironments(Path(root), PipIndex(find_links=(wheels,), offline=True)).mater
 """
 PATIENCE_S = 60.0
 
+pytestmark = pytest.mark.integration
+
 
 def wait_for(happened: Callable[[], Any]) -> None:
     deadline = time.monotonic() + PATIENCE_S

@@ -1,5 +1,5 @@
-"""Starts the child: the tenant's Python on a copy of `trainers` that holds the child's modules only, with an environment
-made from nothing. Ends it, too."""
+"""Starts the child: the tenant's Python in a sandbox, on a copy of `trainers` that holds the child's modules only, with an
+environment made from nothing. Ends it, too."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trainers
+from runtime_envs.sandbox.process import Prepared, exit_code, prepared
 from trainers.protocol import FD_VARIABLE, MARK_VARIABLE, Channel, pair
+from trainers.run.confinement import WRITABLE, Confinement, confinement, visible
 from trainers.run.parts import WorkerTask
 
 SHIPPED = ("__init__.py", "protocol.py", "config.py", "child")
 LAUNCHER = ("-m", "trainers.child.launcher")
-WRITABLE = (
-    "HOME",
-    "TMPDIR",
-    "XDG_CACHE_HOME",
-    "TRITON_CACHE_DIR",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "MPLCONFIGDIR",
-    "HF_HOME",
-)
-"""Libraries write into these; each gets a folder of the attempt's own."""
 
 
 @dataclass
 class Child:
-    """`logs`: the reading end of its output."""
+    """`logs`: the reading end of its output. `note`: what should be known about its isolation."""
 
     process: subprocess.Popen[bytes]
     channel: Channel
     logs: int
+    sandboxed: bool = False
+    note: str = ""
 
     def end(self, grace_s: float) -> int:
         """Waits for it to leave by itself, then kills what is left of its session; the exit code (negative: the
-        signal). Killed before it is reaped: until then its number can mean nobody else."""
+        signal). Killed before it is reaped: until then its number can mean nobody else. A sandbox dies with the process
+        that made it."""
         pidfd = os.pidfd_open(self.process.pid)
         try:
             select.select([pidfd], [], [], grace_s)
         finally:
             os.close(pidfd)
+        self.kill()
+        code = self.process.wait()
+        return exit_code(code) if self.sandboxed else code
+
+    def kill(self) -> None:
+        """Only before `end` has returned."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
 
 
 Spawn = Callable[[WorkerTask], Child]
@@ -56,19 +57,23 @@ Spawn = Callable[[WorkerTask], Child]
 def spawn(task: WorkerTask, command: Sequence[str] = LAUNCHER) -> Child:
     """`command`: the arguments of the tenant's Python. To be called from a thread that lives as long as the job: a
     parent-death signal follows the thread."""
+    scratch = Path(task.scratch)
+    code = ship_code(scratch / "code")
+    confined = confinement(task)
     ours, theirs = pair()
     reading, writing = os.pipe()
     try:
-        process = subprocess.Popen(  # it outlives this function
-            [task.python, *command],
-            env=environment(task, theirs.fileno()),
-            cwd=_folder(Path(task.scratch) / "work"),
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=writing,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-        )
+        with _around(confined) as box:
+            process = subprocess.Popen(  # it outlives this function
+                [*box.command, task.python, *command],
+                env={**environment(task, confined), "PYTHONPATH": str(code), FD_VARIABLE: str(theirs.fileno())},
+                cwd=None if confined.sandbox else _folder(scratch / "work"),
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=writing,
+                pass_fds=(theirs.fileno(), *box.fds),
+                start_new_session=True,
+            )
     except OSError:
         ours.close()
         os.close(reading)
@@ -76,19 +81,29 @@ def spawn(task: WorkerTask, command: Sequence[str] = LAUNCHER) -> Child:
     finally:
         theirs.close()
         os.close(writing)
-    return Child(process, ours, reading)
+    return Child(process, ours, reading, confined.sandbox is not None, confined.note)
 
 
-def environment(task: WorkerTask, control_fd: int) -> dict[str, str]:
+@contextmanager
+def _around(confined: Confinement) -> Iterator[Prepared]:
+    if confined.sandbox is None or confined.mode is None:
+        yield Prepared((), ())
+        return
+    with prepared(confined.sandbox, confined.mode) as box:
+        yield box
+
+
+def environment(task: WorkerTask, confined: Confinement) -> dict[str, str]:
     """Nothing of the worker's own: it holds the cluster's token and the platform's settings."""
-    scratch = Path(task.scratch)
-    places = {name: str(_folder(scratch / "home" / name.lower())) for name in WRITABLE}
-    threads = str(task.threads)
+    home, threads = confined.home(task), str(task.threads)
+    places = {name: home / name.lower() for name in WRITABLE}
+    if confined.sandbox is None:
+        for place in places.values():
+            _folder(place)
     return {
-        **places,
+        **{name: str(place) for name, place in places.items()},
         "PATH": f"{Path(task.python).parent}:/usr/local/bin:/usr/bin:/bin",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(ship_code(scratch / "code")),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -99,14 +114,14 @@ def environment(task: WorkerTask, control_fd: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
-        "CUDA_VISIBLE_DEVICES": task.visible_devices,
-        FD_VARIABLE: str(control_fd),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": visible(task, confined),
         MARK_VARIABLE: task.mark,
     }
 
 
 def ship_code(folder: Path) -> Path:
-    """A read-only copy of the child's modules; what is put on the child's PYTHONPATH."""
+    """A copy of the child's modules that other users can read; what is put on the child's PYTHONPATH."""
     source, target = Path(trainers.__file__).parent, folder / "trainers"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -115,8 +130,8 @@ def ship_code(folder: Path) -> Path:
             shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source / name, target / name)
-    for file in target.rglob("*.py"):
-        file.chmod(0o444)
+    for path in (folder, target, *target.rglob("*")):  # whatever the umask of the worker
+        path.chmod(0o755 if path.is_dir() else 0o444)
     return folder
 
 

@@ -176,7 +176,7 @@ class RayAgent:
     def report(self) -> NodeReport:
         return self._get(self._actor.report.remote(), _CALL_S)
 
-    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]:
+    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         return self._get(self._actor.prepare_environment.remote(lock), _PREPARE_S)
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from cluster.core.job import JobState
 from cluster.ports import NodeReport
+from runtime_envs.sandbox.spec import Isolation, Limits
 from trainers.run.ports import DriverStore
 
 GIB = 1024**3
@@ -50,6 +51,8 @@ class DriverSettings:
     """Most output of an attempt that is kept."""
     max_waiting_records: int = 20_000
     """Writes that wait for the database before the training is held up."""
+    isolation: Isolation = Isolation.OFF
+    sandbox: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class DriverParts:
 class WorkerTask:
     """What one worker of an attempt is told, by an actor call: never in Train's arguments, which lie in the object store.
 
-    `config`: a `trainers.config.TrainConfig` as a dict. `visible_devices`: CUDA_VISIBLE_DEVICES of the child."""
+    `config`: a `trainers.config.TrainConfig` as a dict. `visible_devices`: the leased GPUs by number. `uid`: the tenant's own
+    user id, for sandboxes. `memory_gb`: GiB of the node's memory that all of the child may take."""
 
     job_id: str
     attempt: int
@@ -76,6 +80,8 @@ class WorkerTask:
     visible_devices: str
     threads: int
     settings: DriverSettings
+    uid: int | None = None
+    memory_gb: float | None = None
 
     @property
     def prefix(self) -> str:
@@ -92,7 +98,7 @@ class AgentHandle(Protocol):
 
     def report(self) -> NodeReport: ...
 
-    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, str]: ...
+    def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]: ...
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str: ...
 

@@ -56,6 +56,8 @@ class Assignment:
     ran_s: float
     """Seconds that earlier attempts have run."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    uid: int | None = None
+    """The tenant's own user id, for sandboxes."""
 
 
 @dataclass(frozen=True)

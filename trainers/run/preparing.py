@@ -38,12 +38,15 @@ def node_of(assignment: Assignment) -> str:
 def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
     """Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
     made = _timed("environment", report, lambda: agent.prepare_environment(assignment.lock))
+    for stage, seconds in made.get("stages", {}).items():
+        report(f"environment_{stage}", seconds)
     base = _timed(
         "model", report, lambda: agent.stage_model(assignment.base_model_prefix, assignment.base_model_sha256)
     )
     files = attempt_files(assignment, ObjectStore(settings.storage_url))
     scratch = _timed("staging", report, lambda: agent.stage_attempt(assignment.job_id, assignment.attempt, files))
-    threads = max(1, (os.cpu_count() or 1) // max(1, agent.report().node.slots))
+    node = agent.report().node
+    threads = max(1, (os.cpu_count() or 1) // max(1, node.slots))
     config = train_config(assignment, settings, base, scratch, threads)
     return WorkerTask(
         job_id=assignment.job_id,
@@ -56,6 +59,8 @@ def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings
         visible_devices=visible_devices(assignment),
         threads=threads,
         settings=settings,
+        uid=assignment.uid,
+        memory_gb=node.memory_gb * assignment.placement.slots if assignment.kind == CPU else None,
     )
 
 

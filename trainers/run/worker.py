@@ -9,15 +9,18 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import HeliostatError, JobFailure, Unavailable
 from cluster.storage.objects import ObjectStore
+from runtime_envs.sandbox.watch import Watch
 from trainers.protocol import MAX_MESSAGE_BYTES
 from trainers.run.child_files import Upload
 from trainers.run.child_logs import ChildLogs
 from trainers.run.child_process import Child, Spawn, spawn
+from trainers.run.confinement import node_share
 from trainers.run.messages import checked
 from trainers.run.parts import DriverGone, DriverHandle, Order, Record, WorkerTask
 
@@ -61,16 +64,25 @@ class Worker:
 
     def run(self) -> None:
         """Returns when the child has ended, and the driver knows how or is gone."""
-        child = self._spawn(self._task)
+        share, output = node_share(self._task), Path(self._task.config["output_dir"])
+        try:
+            child = self._spawn(self._task)
+        except HeliostatError as error:  # this node cannot isolate it
+            self._driver.relay([{"type": "failed", **error.as_dict(), "log_tail": [], "at": time.time()}])
+            return
+        look = partial(share.exceeded, child.process.pid, output)
+        watch = Watch(look, partial(self._take_too_much, child))
         self._logs = ChildLogs(self._storage, self._log_prefix(), child.logs, self._task.settings.max_log_bytes)
         self._logs.start()
         relay = threading.Thread(target=self._relay, args=(child,), name="relay", daemon=True)
         relay.start()
         uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        watch.start()
         try:
             self._converse(child, uploads)
         finally:
             child.channel.close()
+            watch.close()
             code = child.end(0.0 if self._ending.is_set() else _LEAVE_S)
             uploads.shutdown(wait=True)
             self._logs.close()
@@ -78,11 +90,18 @@ class Worker:
             self._finished.set()
             relay.join()
 
+    def _take_too_much(self, child: Child, failure: JobFailure) -> None:
+        """From the watch's thread: what it takes is taken from others."""
+        self._conclude({"type": "failed", **failure.as_dict()})
+        child.kill()
+
     def _log_prefix(self) -> str:
         return f"{self._task.prefix}/jobs/{self._task.job_id}/logs/a{self._task.attempt}/r0"
 
     def _converse(self, child: Child, uploads: ThreadPoolExecutor) -> None:
         self._tell("spawned")
+        if child.note:
+            self._tell("log", level="warning", message=child.note)
         try:
             child.channel.send("start", config=self._task.config)
             self._listen(child, uploads)

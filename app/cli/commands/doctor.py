@@ -25,6 +25,9 @@ from app.cli.output import table
 from app.cli.session import Session
 from app.processes import holder_of, port_taken
 from app.settings import Settings
+from runtime_envs.sandbox.host import ability
+from runtime_envs.sandbox.spec import Mode
+from runtime_envs.sandbox.tools import found_programs
 
 MIN_DISK_GB, GOOD_DISK_GB = 5.0, 20.0
 MIN_RAM_GB, GOOD_RAM_GB = 3.0, 8.0
@@ -144,7 +147,7 @@ def _probe(arguments: list[str]) -> tuple[int, str]:
 
 
 def sandbox(settings: Settings) -> Check:
-    """Whether bubblewrap can make the namespaces that tenants' code is kept in."""
+    """What stands between tenants' code and this machine, by making a sandbox."""
     wanted = settings.isolation
     if wanted == "off":
         return Check(
@@ -153,15 +156,12 @@ def sandbox(settings: Settings) -> Check:
             "switched off (isolation: off)",
             "tenants' code runs with your rights: only for your own data",
         )
-    bad = "fail" if wanted == "required" else "warn"
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        return Check("sandbox", bad, "bubblewrap is not installed", "apt install bubblewrap (or dnf, pacman)")
-    code, said = _probe([bwrap, "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--unshare-all", "true"])
-    if code:
-        remedy = "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces=10000"
-        return Check("sandbox", bad, f"bubblewrap cannot make namespaces: {said.strip()[:200]}", remedy)
-    return Check("sandbox", "ok", _probe([bwrap, "--version"])[1].strip())
+    found = ability()
+    if found.mode is None:
+        return Check("sandbox", "fail" if wanted == "required" else "warn", found.problem, found.remedy)
+    made = _probe([found_programs()["bwrap"], "--version"])[1].strip()
+    told = "each tenant as a user of its own" if found.mode is Mode.ROOT else "in user namespaces"
+    return Check("sandbox", "ok", "; ".join([f"{made}, {told}", *found.weaker]))
 
 
 def disk(settings: Settings) -> Check:

@@ -93,6 +93,26 @@ def diff(session: Session, a: Ref, b: Ref) -> None:
     session.out.show(changes, lambda: table(("package", a, b), rows, empty="no difference"))
 
 
+@command(app, "verify")
+def verify(session: Session, ref: Ref) -> None:
+    """Reads every file of it on every node that has it. Exit: 1 when something changed."""
+    _checked(session, ref, "verify")
+
+
+@command(app, "repair")
+def repair(session: Session, ref: Ref) -> None:
+    """As verify; puts back what changed, in all environments that share the files."""
+    _checked(session, ref, "repair")
+
+
+def _checked(session: Session, ref: str, what: str) -> None:
+    checked = session.client().post(f"/environments/{ref}/{what}", {})
+    rows = [(one["node"], one["status"], one["error"] or ", ".join(one["damaged"][:5])) for one in checked["nodes"]]
+    session.out.show(checked, lambda: table(("node", "status", "files"), rows, empty="no node has it yet"))
+    if not checked["ok"]:
+        raise typer.Exit(1)
+
+
 @command(app, "rm")
 def rm(session: Session, ref: Ref) -> None:
     """Removes an environment from the list; jobs that use it go on."""

@@ -46,6 +46,9 @@ def test_environments(api: Api) -> None:
         refused = client.post("/environments", json={"spec": old})
         assert (refused.status_code, code(refused)) == (422, "environment_unsupported")
         assert client.post("/environments", json={"spec": "["}).status_code == 422
+        for check in ("verify", "repair"):  # no node has it
+            checked = client.post(f"/environments/mine/{check}").json()
+            assert (checked["environment"], checked["ok"], checked["nodes"]) == ("mine@2", True, [])
         assert client.delete("/environments/mine@1").status_code == 200
         assert client.get("/environments/mine@1").status_code == 404
 

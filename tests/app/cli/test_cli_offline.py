@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from app.cli.commands.doctor import judge_gpu
+from app.cli.commands.doctor import judge_gpu, sandbox
 from app.cli.commands.finetune import NumberLoader, gpus_of, merged
 from app.cli.output import clean
 from app.cli.progress import Progress
 from app.cli.units import ago, scalar, seconds_of, size, span, sparkline
+from app.settings import Settings
 from cluster.errors import InvalidRequest
 
 LLAMA_7B = {
@@ -100,6 +101,14 @@ def test_doctor_looks_at_everything(offline: Run) -> None:
     assert {"python", "gpu", "sandbox", "disk", "hard links", "port", "memory", "shared memory"} <= set(found)
     assert all(check["remedy"] for check in found.values() if check["state"] == "fail")
     assert said.code == (0 if said.json["ok"] else 1)
+
+
+@pytest.mark.usefixtures("bare_host")
+@pytest.mark.parametrize(("isolation", "state"), [("required", "fail"), ("preferred", "warn"), ("off", "warn")])
+def test_doctor_on_a_host_that_cannot_isolate(isolation: Literal["required", "preferred", "off"], state: str) -> None:
+    check = sandbox(Settings(isolation=isolation))
+    assert check.state == state and check.remedy
+    assert ("bubblewrap" in check.remedy) == (isolation != "off")
 
 
 @pytest.mark.parametrize(

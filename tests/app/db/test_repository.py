@@ -14,7 +14,7 @@ from app.db.repository import PageRequest, Repository
 from app.db.session import Database
 from app.db.tenants import UIDS, ensure_tenant, set_quota
 from app.settings import QuotaSettings
-from cluster.errors import InvalidRequest, NotFound
+from cluster.errors import InvalidRequest, NotFound, Unavailable
 
 
 @pytest.fixture
@@ -143,6 +143,10 @@ def test_each_tenant_has_a_user_id_of_its_own(session: Session) -> None:
     assert {one.uid, two.uid} == {UIDS.start, UIDS.start + 1}
     assert ensure_tenant(session, "one").uid == one.uid
     assert set_quota(session, "one", QuotaSettings(max_queued_jobs=3)).max_queued_jobs == 3
+    moved = range(70_000, 70_001)  # by an operator, later: others keep theirs
+    assert ensure_tenant(session, "three", uids=moved).uid == 70_000
+    with pytest.raises(Unavailable, match="70000 to 70000"):
+        ensure_tenant(session, "four", uids=moved)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-a", "a" * 65, "ä"])

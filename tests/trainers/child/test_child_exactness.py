@@ -17,7 +17,10 @@ from trainers.child.failure import TrainFailure
 from trainers.child.rank import run_rank
 from trainers.config import TrainConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 
 
 def losses(wire: Recorder) -> list[float]:

@@ -1,0 +1,188 @@
+"""The process in which py-rattler runs: one question as JSON on stdin, lines of JSON on stdout, the last one `result` or `error`.
+
+A process of its own, because rattler can panic, and can crash when the interpreter ends: hence `os._exit`. Loads nothing of the
+house."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from rattler import (
+    Client,
+    Gateway,
+    InstallerReporter,
+    LockChannel,
+    LockFile,
+    LockPlatform,
+    PackageCache,
+    PackageCacheLayer,
+    RepoDataRecord,
+    VirtualPackage,
+    install,
+    solve,
+)
+from rattler.exceptions import (
+    FetchRepoDataError,
+    GatewayError,
+    InstallerError,
+    InvalidMatchSpecError,
+    IoError,
+    LinkError,
+    SolverError,
+)
+from rattler.index import index_fs
+from rattler.package_cache import ValidationMode
+
+PLATFORM: Final = "linux-64"
+ENVIRONMENT = "default"
+PROGRESS_BYTES = 8 * 1024 * 1024
+KINDS = {
+    SolverError: "unsolvable",
+    InvalidMatchSpecError: "invalid",
+    GatewayError: "channel",
+    FetchRepoDataError: "channel",
+    InstallerError: "install",
+    LinkError: "install",
+    IoError: "install",
+}
+
+
+def say(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+async def solve_specs(question: dict[str, Any]) -> dict[str, Any]:
+    """The first of the `alternatives` (lists of specs) that has a solution; the error is the first one's. `base_lock`: its
+    records are preferred, those named in `pinned` cannot move. Writes the lock `out`."""
+    base = _records(question["base_lock"]) if question["base_lock"] else []
+    gateway = Gateway(cache_dir=Path(question["cache"]))
+    problem: SolverError | None = None
+    for number, specs in enumerate(question["alternatives"]):
+        try:
+            records = await _solved(question, specs, base, gateway)
+        except SolverError as error:
+            problem = problem or error
+        else:
+            _write_lock(Path(question["out"]), question["channels"], records)
+            return {"alternative": number, "packages": [_described(record) for record in records]}
+    raise problem or SolverError("there is nothing to solve")
+
+
+async def _solved(
+    question: dict[str, Any], specs: list[str], base: list[RepoDataRecord], gateway: Gateway
+) -> list[RepoDataRecord]:
+    records = await solve(
+        sources=question["channels"],
+        specs=specs,
+        gateway=gateway,
+        platforms=[PLATFORM, "noarch"],
+        virtual_packages=VirtualPackage.detect(),
+        pinned_packages=[record for record in base if record.name.normalized in question["pinned"]],
+        locked_packages=base,
+    )
+    return sorted(records, key=lambda record: record.name.normalized)
+
+
+def _records(lock: str) -> list[RepoDataRecord]:
+    environment = LockFile.from_path(Path(lock)).default_environment()
+    assert environment is not None
+    # A LockPlatform must be the lock's own: another one panics.
+    platform = next(one for one in environment.platforms() if one.name == PLATFORM)
+    return environment.conda_repodata_records_for_platform(platform) or []
+
+
+def _write_lock(path: Path, channels: list[str], records: list[RepoDataRecord]) -> None:
+    platform = LockPlatform(PLATFORM)
+    lock = LockFile([platform])
+    lock.set_channels(ENVIRONMENT, [LockChannel(url) for url in channels])
+    for record in records:
+        lock.add_conda_package(ENVIRONMENT, platform, record)
+    lock.to_path(path)
+
+
+def _described(record: RepoDataRecord) -> dict[str, Any]:
+    return {
+        "name": record.name.normalized,
+        "version": str(record.version),
+        "build": str(record.build),
+        "subdir": record.subdir,
+        "filename": record.file_name,
+        "sha256": record.sha256.hex() if record.sha256 else None,
+        "size": record.size,
+        "python": record.noarch.python or any(need.split()[0] == "python" for need in record.depends),
+        "depends": record.depends,
+    }
+
+
+async def install_lock(question: dict[str, Any]) -> dict[str, Any]:
+    """Downloads what the cache lacks and links all into the prefix. `only`: these packages, by name. `validate`: reads the
+    cache's files whole and fetches again what is damaged. `written_prefix`: the prefix to write into files."""
+    only = question.get("only")
+    records = [r for r in _records(question["lock"]) if only is None or r.name.normalized in only]
+    mode = ValidationMode.full() if question.get("validate") else ValidationMode.fast()
+    layer = PackageCacheLayer(Path(question["cache"])).with_validation_mode(mode)
+    await install(
+        records,
+        target_prefix=Path(question["prefix"]),
+        package_cache=PackageCache.from_layers([layer]),
+        alternative_target_prefix=question.get("written_prefix"),
+        execute_link_scripts=False,
+        reporter=Progress(len(records)),  # type: ignore[abstract]  # its methods are empty, not abstract
+        client=Client.default_client(),
+    )
+    return {"installed": len(records)}
+
+
+class Progress(InstallerReporter):
+    """Says how much is fetched and linked, a few times a second at most."""
+
+    def __init__(self, packages: int) -> None:
+        self._packages = packages
+        self._linked = 0
+        self._fetched: dict[int, int] = {}
+        self._said = 0
+
+    def on_download_progress(self, download_idx: int, progress: int, total: int | None) -> None:
+        self._fetched[download_idx] = progress
+        done = sum(self._fetched.values())
+        if done - self._said >= PROGRESS_BYTES:
+            self._said = done
+            say(stage="download", bytes=done)
+
+    def on_download_completed(self, download_idx: int) -> None:
+        say(stage="download", bytes=sum(self._fetched.values()))
+
+    def on_link_start(self, operation: int, package_name: str) -> int:
+        self._linked += 1
+        if self._linked in (1, self._packages):
+            say(stage="link", packages=self._linked)
+        return operation
+
+
+async def index_channel(question: dict[str, Any]) -> dict[str, Any]:
+    # Without shards: asked again, a plain web server answers 304, which rattler 0.28 takes for a failure.
+    await index_fs(Path(question["channel"]), write_shards=False)
+    return {}
+
+
+TASKS = {"solve": solve_specs, "install": install_lock, "index": index_channel}
+
+
+def main() -> None:
+    question = json.load(sys.stdin)
+    try:
+        say(result=asyncio.run(TASKS[question["task"]](question)))
+    except tuple(KINDS) as error:
+        say(error={"kind": KINDS[type(error)], "message": str(error)})
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

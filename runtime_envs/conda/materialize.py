@@ -1,0 +1,194 @@
+"""Makes conda environments on one node: lock → immutable prefix with an interpreter of its own, once, whoever asks and whatever
+gets killed meanwhile. Package cache, byte code and prefixes lie under one root, and share their files by hard links."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
+from runtime_envs.conda.engine import ask
+from runtime_envs.conda.lock import CondaLock, identity, read_conda_lock
+from runtime_envs.conda.manifest import build_manifest
+from runtime_envs.conda.prefix import Linked, read_prefix
+from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
+from runtime_envs.flock import held
+from runtime_envs.host import python_of
+from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.materialize import (
+    LOCK,
+    LOCK_TIMEOUT_S,
+    Prepared,
+    WheelPlaces,
+    build_failed,
+    caches_lock,
+    damaged_problem,
+    environment_folder,
+    install_wheels,
+    lock_file,
+    write_durably,
+)
+from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, quick_verify, sha256_of, walk
+
+PIXI_LOCK = "pixi.lock"
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Of one build."""
+
+    lock: CondaLock
+    home: Path
+    lock_fd: int
+    watch: Stopwatch
+
+    @property
+    def prefix(self) -> Path:
+        return self.home / PREFIX
+
+
+class CondaEnvironments:
+    """The environments over conda bases under `root`."""
+
+    def __init__(self, root: Path, index: PipIndex | None = None) -> None:
+        self._root = root.absolute()
+        self._index = index
+
+    @property
+    def packages(self) -> Path:
+        """The package cache."""
+        return self._root / "pkgs"
+
+    @property
+    def byte_code(self) -> Path:
+        return self._root / "bytecode"
+
+    def materialize(self, lock: dict[str, Any]) -> Prepared:
+        """Makes the prefix of this lock, or finds it; blocks for seconds to minutes. Raises EnvironmentProblem:
+        `environment_build_failed`, `environment_channel_failed`, `environment_disk_full`, `environment_damaged`."""
+        parsed, fingerprint = read_conda_lock(lock), identity(lock)
+        home, watch = environment_folder(self._root, fingerprint), Stopwatch()
+        try:
+            with self._caches_kept(), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
+                if not is_ready(home):
+                    self._build(_Site(parsed, home, lock_fd, watch), lock)
+        except TimeoutError:
+            raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
+        except subprocess.CalledProcessError as error:
+            raise build_failed(error.stderr.strip()) from error
+        except OSError as error:
+            raise build_failed(f"{error.strerror or error} ({error.filename or home})") from error
+        if "manifest" not in watch.stages:  # it was there
+            with watch.stage("verify"):
+                damaged = quick_verify(home)
+            if damaged:
+                raise damaged_problem(home, damaged)
+        os.utime(home / READY)  # when it was last used
+        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
+
+    def _caches_kept(self) -> AbstractContextManager[int]:
+        """While somebody builds, no package is removed from the cache."""
+        return held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True)
+
+    def _build(self, site: _Site, lock: dict[str, Any]) -> None:
+        if site.home.exists():  # somebody was killed while building it
+            shutil.rmtree(site.home)
+        site.prefix.mkdir(parents=True)
+        self._check_one_filesystem(site.home)
+        site.home.parent.chmod(0o755)
+        write_durably(site.home / PIXI_LOCK, site.lock.pixi)
+        if site.lock.pip:
+            self._install(site, only=["python"])
+            with site.watch.stage("pip"):
+                index = self._index or machine_index()
+                install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
+        self._install(site)
+        packages = read_prefix(site.prefix)
+        _check_interpreter(site, packages)
+        with site.watch.stage("byte_code"):
+            hashes = self._compile(site, packages)
+        with site.watch.stage("manifest"):
+            known = hashes | {name: file.sha256 for p in packages for name, file in p.files.items() if file.sha256}
+            manifest = build_manifest(site.prefix, known)
+        write_durably(site.home / LOCK, orjson.dumps(lock).decode())
+        write_durably(site.home / MANIFEST, orjson.dumps(manifest).decode())
+        write_durably(site.home / READY, "")
+
+    def _install(self, site: _Site, only: list[str] | None = None) -> None:
+        """`download` is what it took until the last package was fetched; some are linked before that."""
+        started = fetched = time.monotonic()
+
+        def note(said: dict[str, Any]) -> None:
+            nonlocal fetched
+            if said["stage"] == "download":
+                fetched = time.monotonic()
+
+        question = {"task": "install", "lock": str(site.home / PIXI_LOCK), "prefix": str(site.prefix), "only": only}
+        ask(question | {"cache": str(self.packages)}, progress=note, keep_fd=site.lock_fd)
+        stages = site.watch.stages
+        stages["download"] = stages.get("download", 0.0) + fetched - started
+        stages["link"] = stages.get("link", 0.0) + time.monotonic() - fetched
+
+    def _compile(self, site: _Site, packages: list[Linked]) -> Hashes:
+        python = next(package for package in packages if package.name == "python")
+        interpreter = python.cached / "bin" / f"python{site.lock.minor}"
+        compiler = Compiler(interpreter, self.byte_code / site.lock.minor, site.lock_fd)
+        hashes = link_byte_code(site.prefix, packages, compiler)
+        if site.lock.pip:
+            known = {name for package in packages for name in package.files}
+            compile_files(list(_uncompiled(site.prefix, known, compiler.tag)), compiler)
+        return hashes
+
+    def _check_one_filesystem(self, home: Path) -> None:
+        """Else every environment would be a whole copy."""
+        for folder in (self.packages, self.byte_code, self._root / "uv-cache"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.stat().st_dev != home.stat().st_dev:
+                raise EnvironmentProblem(
+                    BUILD_FAILED, f"{folder} and {home.parent} lie on two filesystems; files cannot be shared.",
+                    hint="Put the whole data folder of the node on one filesystem.", fixable_by="operator",
+                )  # fmt: skip
+
+
+def _check_interpreter(site: _Site, packages: list[Linked]) -> None:
+    """A tenant's package can bring any file."""
+    name = f"bin/python{site.lock.minor}"
+    python = next(package for package in packages if package.name == "python")
+    file = python.files.get(name)  # the installer moves a file aside that another package brings too
+    if file is None or sha256_of(site.prefix / name) != file.sha256:
+        raise EnvironmentProblem(
+            BUILD_FAILED, f"A package of this environment writes over the environment's own Python ({name}).",
+            hint="Leave out the package that brings this file.",
+        )  # fmt: skip
+
+
+def _uncompiled(prefix: Path, known: set[str], tag: str) -> Iterator[tuple[Path, Path]]:
+    """What pip brought."""
+    for path in walk(prefix / "lib"):
+        name = path.relative_to(prefix).as_posix()
+        if name.endswith(".py") and name not in known and not path.is_symlink():
+            yield path, prefix / byte_code_name(name, tag)

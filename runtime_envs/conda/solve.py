@@ -1,0 +1,258 @@
+"""environment.yml over a conda base → lock: py-rattler for the conda packages, with the base pinned, then uv for `pip:` with all
+of those as constraints."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from runtime_envs.conda.bases import CondaBase, conda_bases
+from runtime_envs.conda.engine import ask
+from runtime_envs.conda.lock import CondaLock, identity, with_pip
+from runtime_envs.errors import BASE_UNAVAILABLE, INVALID, UNSOLVABLE, UNSUPPORTED, EnvironmentProblem
+from runtime_envs.fingerprint import dependency_md5_of
+from runtime_envs.host import HostBase, Installed
+from runtime_envs.index import PipIndex
+from runtime_envs.lock import Solved
+from runtime_envs.pip import PipSolution, Resolved, solve_pip
+from runtime_envs.spec import Dependency, EnvironmentSpec, refuse
+from runtime_envs.window import PYPI_NAMES, PYTHONS, allows_minor
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class CondaPolicy:
+    """`channels`: the ones that tenants may name, and where each is (a URL; a mirror or a folder takes the place of the
+    real one). `denied` packages by name. Limits of one environment; `max_bytes` compressed."""
+
+    channels: Mapping[str, str]
+    denied: frozenset[str] = frozenset()
+    max_packages: int = 1000
+    max_bytes: int = 30 * GIB
+
+
+@dataclass(frozen=True)
+class CondaPlaces:
+    """`cache`: repodata, and the locks of the bases, which stay as first solved until an operator removes them."""
+
+    policy: CondaPolicy
+    cache: Path
+    index: PipIndex = field(default_factory=PipIndex)
+
+
+Package = dict[str, Any]
+"""As the engine describes it."""
+
+
+def solve_conda(spec: EnvironmentSpec, places: CondaPlaces) -> Solved:
+    """Seconds, blocking. Raises EnvironmentProblem; a conflict comes as the solver's tree, with the tenant's line marked."""
+    base = conda_bases()[spec.base]
+    _check_policy(spec, places.policy)
+    minor, base_lock = _base_lock(spec, base, places)
+    with tempfile.TemporaryDirectory(prefix="heliostat-solve-") as folder:
+        out = Path(folder) / "pixi.lock"
+        question = _question(spec, base, minor, places) | {"base_lock": str(base_lock), "out": str(out)}
+        try:
+            packages: list[Package] = ask(question)["packages"]
+        except EnvironmentProblem as problem:
+            raise _marked(problem, spec) from None
+        pixi = out.read_text(encoding="utf-8")
+    _check_limits(packages, places.policy)
+    _refuse_overrides(spec.pip, packages)
+    over = solve_pip(spec.pip, _as_base(base.name, packages), places.index) if spec.pip else PipSolution((), {})
+    _refuse_denied([package.name for package in over.packages], places.policy)
+    return _solved(spec, packages, base_lock.read_text(encoding="utf-8"), (pixi, over))
+
+
+def _solved(spec: EnvironmentSpec, packages: list[Package], base_lock: str, answer: tuple[str, PipSolution]) -> Solved:
+    pixi, over = answer
+    from_base = {p["name"]: p["version"] for p in packages if p["sha256"] in base_lock}
+    kept = ("name", "version", "build", "subdir", "filename", "sha256", "size")
+    lock = CondaLock.model_validate(
+        {
+            "version": 1,
+            "base": {"name": spec.base, "packages": from_base},
+            "python": _python_of(packages),
+            "platform": "linux-64",
+            "conda": [{key: package[key] for key in kept} for package in packages],
+            "pip": [_pip_entry(package) for package in sorted(over.packages, key=lambda p: p.name)],
+            "pixi": with_pip(pixi, [_pip_place(package) for package in over.packages]),
+        }
+    ).model_dump()
+    return Solved(spec, lock, identity(lock), dependency_md5_of(lock))
+
+
+def _pip_entry(package: Resolved) -> dict[str, str]:
+    return {key: getattr(package, key) for key in ("name", "version", "filename", "sha256")}
+
+
+def _pip_place(package: Resolved) -> dict[str, str]:
+    return {key: getattr(package, key) for key in ("name", "version", "sha256", "url")}
+
+
+def _python_of(packages: Iterable[Package]) -> str:
+    return next(package["version"] for package in packages if package["name"] == "python")
+
+
+# --- the base ---
+
+
+def _base_lock(spec: EnvironmentSpec, base: CondaBase, places: CondaPlaces) -> tuple[str, Path]:
+    """The newest Python minor that the file allows and the base has, and the lock of the base with it. One that was solved
+    before stays, so that environments share it."""
+    minors = [m for m in reversed(PYTHONS) if spec.python is None or allows_minor(spec.python.specifier, m)]
+    channels = _urls(base.channels, places.policy)
+    digest = hashlib.sha256("\n".join((*channels, *base.specs)).encode()).hexdigest()[:16]
+    locks = {minor: places.cache / "bases" / f"{base.name}-{minor}-{digest}.lock" for minor in minors}
+    made = next((minor for minor in minors if locks[minor].is_file()), None)
+    if made is None:
+        locks[minors[0]].parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=places.cache / "bases") as folder:
+            out = Path(folder) / "pixi.lock"
+            made = minors[_solve_base(spec, base, minors, _solve_task(channels, places) | {"out": str(out)})]
+            out.replace(locks[made])
+    return made, locks[made]
+
+
+def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], task: dict[str, Any]) -> int:
+    alternatives = [[f"python {minor}.*", *base.specs] for minor in minors]
+    try:
+        return int(ask(task | {"alternatives": alternatives})["alternative"])
+    except EnvironmentProblem as problem:
+        if problem.code != UNSOLVABLE:
+            raise
+        raise EnvironmentProblem(
+            BASE_UNAVAILABLE, f"The base `{base.name}` cannot be had here: {problem}",
+            hint="The operator should check the channels (`conda_channels`), or add this Python to them.",
+            line=spec.python.line if spec.python else None, fixable_by="operator",
+        ) from None  # fmt: skip
+
+
+def _solve_task(channels: Sequence[str], places: CondaPlaces) -> dict[str, Any]:
+    cache = places.cache / "repodata"
+    cache.mkdir(parents=True, exist_ok=True)
+    return {"task": "solve", "channels": list(channels), "cache": str(cache), "base_lock": None, "pinned": []}
+
+
+def _question(spec: EnvironmentSpec, base: CondaBase, minor: str, places: CondaPlaces) -> dict[str, Any]:
+    # The base's channels first: with strict priority a tenant's channel cannot bring another package of a name that they have.
+    channels = _urls(dict.fromkeys((*base.channels, *spec.channels)), places.policy)
+    own = [spec.python] if spec.python else []
+    asked = [dependency.text.rpartition("::")[2] for dependency in (*own, *spec.conda)]
+    specs = [f"python {minor}.*", *base.specs, *asked]
+    return _solve_task(channels, places) | {"alternatives": [specs], "pinned": sorted(base.core_names)}
+
+
+def _urls(channels: Iterable[str], policy: CondaPolicy) -> list[str]:
+    return [policy.channels[name] for name in channels]
+
+
+# --- what is refused ---
+
+
+def _check_policy(spec: EnvironmentSpec, policy: CondaPolicy) -> None:
+    named = dict.fromkeys(channel for d in spec.conda if (channel := d.text.rpartition("::")[0]))
+    for name in (*conda_bases()[spec.base].channels, *spec.channels, *named):
+        if name not in policy.channels:
+            refuse(
+                None, f"channel `{name}` is not allowed here", f"Allowed: {', '.join(policy.channels)}.", UNSUPPORTED
+            )
+    for dependency in (*spec.conda, *spec.pip):
+        if dependency.name in policy.denied:
+            refuse(dependency.line, f"package `{dependency.name}` is not allowed here", "Leave it out.", UNSUPPORTED)
+
+
+def _check_limits(packages: Sequence[Package], policy: CondaPolicy) -> None:
+    size = sum(package["size"] or 0 for package in packages)
+    if len(packages) > policy.max_packages or size > policy.max_bytes:
+        raise EnvironmentProblem(
+            UNSUPPORTED, f"The environment has {len(packages)} packages of {size / GIB:.1f} GiB.",
+            hint=f"Allowed: {policy.max_packages} packages of {policy.max_bytes / GIB:.1f} GiB in all.",
+        )  # fmt: skip
+    _refuse_denied([package["name"] for package in packages], policy)
+    for package in packages:
+        if package["sha256"] is None:
+            raise EnvironmentProblem(INVALID, f"The channel has no SHA-256 of `{package['filename']}`.")
+
+
+def _refuse_denied(names: Iterable[str], policy: CondaPolicy) -> None:
+    if denied := [name for name in names if name in policy.denied]:
+        raise EnvironmentProblem(
+            UNSUPPORTED, f"The environment needs `{denied[0]}`, which is not allowed here.",
+            hint="Leave out what needs it.",
+        )  # fmt: skip
+
+
+def _refuse_overrides(wanted: Sequence[Dependency], packages: Sequence[Package]) -> None:
+    """pip over a conda package would leave conda-meta lying about what is installed."""
+    ours = {pypi_name(package["name"]): package for package in packages if _is_python(package)}
+    for dependency in wanted:
+        package = ours.get(dependency.name)
+        if package is None:
+            continue
+        if not dependency.specifier.contains(package["version"], prereleases=True):
+            refuse(
+                dependency.line,
+                f"`{dependency.text}`: conda installs {package['name']} {package['version']}, which pip may not replace",
+                f"Move it out of `- pip:`, as `{package['name']}{dependency.specifier}`, or allow this version.",
+                UNSOLVABLE,
+            )
+        if Requirement(dependency.text).extras:
+            refuse(dependency.line, f"`{dependency.text}`: conda installs {package['name']}, without extras",
+                   "List what the extra needs.", UNSOLVABLE)  # fmt: skip
+
+
+def _marked(problem: EnvironmentProblem, spec: EnvironmentSpec) -> EnvironmentProblem:
+    """The solver's tree, with the lines of environment.yml behind what they asked for."""
+    own = [*([spec.python] if spec.python else []), *spec.conda]
+    line: int | None = None
+    marked = []
+    for text in problem.message.splitlines():
+        named = next((d for d in own if _names(text, d)), None)
+        line = line or (named.line if named else None)
+        marked.append(f"{text}   ◀ environment.yml line {named.line}: {named.text}" if named else text)
+    return EnvironmentProblem(
+        problem.code, "\n".join(marked), hint=problem.hint, line=line, fixable_by=problem.fixable_by
+    )
+
+
+def _names(text: str, dependency: Dependency) -> bool:
+    """The branches of the tree begin with a spec."""
+    match = re.match(r"[\s│├└─]*(?:Cannot solve.*?: )?(?:No candidates were found for )?([\w.-]+)", text)
+    return match is not None and canonicalize_name(match[1]) == dependency.name
+
+
+# --- conda packages as pip sees them ---
+
+
+def pypi_name(conda_name: str) -> str:
+    return canonicalize_name(PYPI_NAMES.get(conda_name, conda_name))
+
+
+def _is_python(package: Package) -> bool:
+    try:
+        Version(package["version"])
+    except InvalidVersion:
+        return False
+    return bool(package["python"])
+
+
+def _as_base(name: str, packages: Sequence[Package]) -> HostBase:
+    """All of it is core: pip may add, never replace. No requirements: the conda solver has met them."""
+    installed = {
+        pypi_name(package["name"]): Installed(pypi_name(package["name"]), package["version"], (), (), Path())
+        for package in packages
+        if _is_python(package)
+    }
+    base = HostBase(name, _python_of(packages), "linux-64", tuple(sorted(installed)), installed)
+    return replace(base, own_python=False)

@@ -1,0 +1,124 @@
+"""Environments of both kinds behind one door: what the service solves with, and what a node keeps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime_envs.budget import Budget, keep, remove
+from runtime_envs.conda.bases import conda_bases
+from runtime_envs.conda.lock import is_conda
+from runtime_envs.conda.materialize import CondaEnvironments
+from runtime_envs.conda.repair import Repaired, Site, repair_files
+from runtime_envs.conda.solve import CondaPlaces, solve_conda
+from runtime_envs.errors import DAMAGED, DISK_FULL, NOT_READY, EnvironmentProblem
+from runtime_envs.flock import held
+from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.lock import Solved, solve
+from runtime_envs.materialize import (
+    LOCK,
+    LOCK_TIMEOUT_S,
+    HostEnvironments,
+    Prepared,
+    build_failed,
+    caches_lock,
+    lock_file,
+)
+from runtime_envs.spec import parse_spec
+from runtime_envs.usage import in_use
+from runtime_envs.uv import run_uv
+from runtime_envs.verify import MANIFEST, full_verify, is_ready, quick_verify
+from runtime_envs.window import check_window
+
+
+def solve_environment(text: str, places: CondaPlaces) -> Solved:
+    """environment.yml → lock; seconds, blocking. Raises EnvironmentProblem; what it says of a line names that line."""
+    spec = parse_spec(text)
+    if spec.base not in conda_bases():
+        return solve(text, index=places.index)
+    check_window(spec)
+    return solve_conda(spec, places)
+
+
+class Environments:
+    """Of one node, under `root`. Without `index`: this machine's pip settings. Without `budget`: they may fill the disk."""
+
+    def __init__(self, root: Path, index: PipIndex | None = None, budget: Budget | None = None) -> None:
+        self._root = root.absolute()
+        self._index = index
+        self._budget = budget
+        self._host = HostEnvironments(root, index)
+        self._conda = CondaEnvironments(root, index)
+
+    def path(self, fingerprint: str) -> Path:
+        return self._host.path(fingerprint)
+
+    def ready(self) -> frozenset[str]:
+        return self._host.ready()
+
+    def materialize(self, lock: dict[str, Any]) -> Prepared:
+        """Raises EnvironmentProblem, as the two kinds do. On a full disk what is not used goes, and it is tried once more; a
+        new environment may push out old ones."""
+        try:
+            made = self._make(lock)
+        except EnvironmentProblem as problem:
+            if problem.code != DISK_FULL or not keep(self._root, Budget(0)):
+                raise
+            made = self._make(lock)
+        if self._budget and "manifest" in made.stages:
+            keep(self._root, self._budget, spare={made.fingerprint})
+        return made
+
+    def _make(self, lock: dict[str, Any]) -> Prepared:
+        return self._conda.materialize(lock) if is_conda(lock) else self._host.materialize(lock)
+
+    def verify(self, fingerprint: str, *, full: bool) -> list[str]:
+        """The files that are not as they were made. Raises EnvironmentProblem `environment_not_ready`."""
+        home = self.path(fingerprint)
+        if not is_ready(home):
+            raise EnvironmentProblem(
+                NOT_READY, f"Environment {fingerprint} is not on this node.",
+                hint="It is made when a job needs it.", fixable_by="operator",
+            )  # fmt: skip
+        return full_verify(home) if full else quick_verify(home)
+
+    def repair(self, fingerprint: str) -> Repaired:
+        """Checks all contents and puts back what changed; where that cannot be done file by file the environment is made
+        again, unless a job uses it. Raises EnvironmentProblem: `environment_not_ready`, `environment_damaged`, and what
+        `materialize` raises."""
+        damaged = self.verify(fingerprint, full=True)
+        if not damaged:
+            return Repaired((), (), ())
+        home = self.path(fingerprint)
+        lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
+        if not is_conda(lock) or MANIFEST in damaged:
+            return self._again(fingerprint, lock, damaged)
+        try:
+            with held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True):
+                with held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
+                    done = repair_files(Site(self._root, home, lock_fd), damaged)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise build_failed(f"it cannot be repaired: {error}") from error
+        return self._again(fingerprint, lock, damaged) if done.left else done
+
+    def _again(self, fingerprint: str, lock: dict[str, Any], damaged: Sequence[str]) -> Repaired:
+        if fingerprint in in_use(self._root) or not self._forget(fingerprint, lock):
+            raise EnvironmentProblem(
+                DAMAGED, f"Environment {fingerprint} is damaged ({', '.join(damaged[:3])}) and is being used.",
+                hint="Repair it when the jobs that use it have ended.", fixable_by="operator",
+            )  # fmt: skip
+        self._make(lock)
+        return Repaired(tuple(damaged), (fingerprint,), ())
+
+    def _forget(self, fingerprint: str, lock: dict[str, Any]) -> bool:
+        """With the cached wheels: the damaged file may be theirs too."""
+        if lock["pip"]:
+            names = [package["name"] for package in lock["pip"]]
+            cache = ["--cache-dir", str(self._root / "uv-cache")]
+            with tempfile.TemporaryDirectory() as scratch:
+                run_uv(["cache", "clean", *names, *cache], self._index or machine_index(), scratch=Path(scratch))
+        return remove(self._root, fingerprint)

@@ -1,0 +1,44 @@
+"""`env run` after its environment is there: what the command sees, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.cli.commands.env_run import in_sandbox
+from app.settings import Settings
+from runtime_envs.sandbox.host import ability
+
+pytestmark = pytest.mark.skipif(ability().mode is None, reason=f"no sandbox here: {ability().problem}")
+
+LOOK = """
+import os, sys
+from pathlib import Path
+assert Path("script.py").read_text() == "here", "where the user stands"
+assert "HELIOSTAT_TOKEN" not in os.environ and os.environ["HOME"] == "/tmp/home"
+for place in (".", "/", "/usr"):
+    try: open(place + "/planted", "w")
+    except OSError: continue
+    sys.exit(place + " was written")
+open("/tmp/home/kept", "w")
+sys.exit(7)
+"""
+
+
+def test_a_command_runs_sealed_where_its_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "script.py").write_text("here")
+    tmp_path.chmod(0o755)  # inside, root's command is somebody else
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELIOSTAT_TOKEN", "secret")
+    settings = Settings(isolation="required")
+    assert in_sandbox(settings, Path(sys.executable), ["python", "-S", "-c", LOOK]) == 7
+    assert not list(tmp_path.glob("planted"))
+
+
+def test_a_signal_and_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    settings = Settings(isolation="required")
+    assert in_sandbox(settings, Path(sys.executable), ["sh", "-c", "kill -TERM $$"]) == -15
+    assert in_sandbox(settings, Path(sys.executable), ["no-such-command"]) == 127

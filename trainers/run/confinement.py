@@ -1,0 +1,145 @@
+"""What the sandbox of a training child is made of, from the worker's task, or why there is none; and what a child may take of
+its node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.detect import CPU_SHARE, machine_memory_gb
+from cluster.errors import JobFailure, Unavailable
+from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.sandbox.devices import leased
+from runtime_envs.sandbox.host import ability, needed
+from runtime_envs.sandbox.spec import GIB, HOME, WORK, Isolation, Mode, Sandbox
+from runtime_envs.sandbox.watch import folder_over, memory_over
+from trainers.run.parts import WorkerTask
+from trainers.run.preparing import OUT
+
+OURS = frozenset({OUT, "home", "work", "train"})
+"""Below an attempt's scratch folder: what the child writes into, without a sandbox too, and Ray Train's own folder. All else
+is there to be read."""
+IMPORTS_GIB = 2.0
+"""For each rank, above `mem_limit_gb`: what the imports take, which that limit leaves out."""
+DISK_SHARE = 0.8
+"""Of what is free: the rest is for the platform and for the others on the node."""
+WRITABLE = (
+    "HOME",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "MPLCONFIGDIR",
+    "HF_HOME",
+)
+"""Libraries write into these; each gets a folder of its own."""
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """`mode` None: the child runs as a plain process. `note`: what the tenant and the operator should know about it."""
+
+    mode: Mode | None
+    sandbox: Sandbox | None = None
+    note: str = ""
+
+    def home(self, task: WorkerTask) -> Path:
+        return HOME if self.sandbox else Path(task.scratch) / "home"
+
+
+def confinement(task: WorkerTask) -> Confinement:
+    """Makes the output folder and gives it to the tenant's user. Raises `Unavailable` (`isolation_unavailable`)."""
+    try:
+        mode = needed(task.settings.isolation)
+    except EnvironmentProblem as problem:
+        raise Unavailable(problem.message, code=problem.code, hint=problem.hint) from problem
+    if mode is None:
+        return Confinement(None, note=_warning(task.settings.isolation))
+    uid = _uid(task, mode)
+    _given_to(uid, Path(task.config["output_dir"]), mode)
+    return Confinement(mode, _sandbox(task, uid))
+
+
+def _warning(isolation: Isolation) -> str:
+    if isolation is Isolation.OFF:
+        return ""
+    return f"this training is not isolated: {ability().problem} on its node"
+
+
+def _uid(task: WorkerTask, mode: Mode) -> int:
+    if mode is Mode.USERNS:
+        return os.getuid()
+    if task.uid is None:
+        raise Unavailable(f"tenant {task.tenant} has no user id for its sandboxes", code="no_tenant_uid")
+    return task.uid
+
+
+def _given_to(uid: int, folder: Path, mode: Mode) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    if mode is Mode.ROOT:
+        os.chown(folder, uid, uid)
+
+
+def _sandbox(task: WorkerTask, uid: int) -> Sandbox:
+    scratch = Path(task.scratch)
+    return Sandbox(
+        uid=uid,
+        python=Path(task.python),
+        read_only=(*_given(scratch), Path(task.config["base_model"])),
+        writable=(Path(task.config["output_dir"]),),
+        folders=(HOME, WORK, *(HOME / name.lower() for name in WRITABLE)),
+        devices=leased(_indexes(task)).files,
+        limits=task.settings.sandbox,
+    )
+
+
+def _given(scratch: Path) -> list[Path]:
+    return [place for place in sorted(scratch.iterdir()) if place.name not in OURS]
+
+
+def visible(task: WorkerTask, confined: Confinement) -> str:
+    """CUDA_VISIBLE_DEVICES of the child."""
+    return leased(_indexes(task)).visible if confined.sandbox else task.visible_devices
+
+
+def _indexes(task: WorkerTask) -> list[int]:
+    return [int(index) for index in task.visible_devices.split(",") if index]
+
+
+@dataclass(frozen=True)
+class NodeShare:
+    """What a child may take of its node: bytes of memory, of all its processes; bytes of disk, below its output folder."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+    def exceeded(self, pid: int, output: Path) -> JobFailure | None:
+        if used := memory_over(pid, self.memory_bytes):
+            return JobFailure(
+                f"the training took {used / GIB:.1f} GiB of the node's memory; its part is {self.memory_bytes / GIB:.1f} GiB",
+                code="memory_limit_exceeded",
+                hint="Lower batch_size or max_seq_len, ask for more slots, or raise mem_limit_gb if it is set.",
+            )
+        if folder_over(output, self.disk_bytes):
+            return JobFailure(
+                f"the training wrote more than its part of the node's disk, {self.disk_bytes / GIB:.1f} GiB",
+                code="disk_limit_exceeded",
+                hint="Training code must keep few and small files; checkpoints of this size need a node with more disk.",
+            )
+        return None
+
+
+def node_share(task: WorkerTask) -> NodeShare:
+    """Of memory on `cpu`: that of its slots, and not much above what it was promised to stay below; beside GPUs: what the
+    platform can spare. Of the disk: most of what is free before it starts."""
+    output = Path(task.config["output_dir"])
+    output.mkdir(parents=True, exist_ok=True)
+    disk = int(shutil.disk_usage(output).free * DISK_SHARE)
+    if task.memory_gb is None:
+        return NodeShare(int(machine_memory_gb() * CPU_SHARE * GIB), disk)
+    asked = task.config.get("memory_limit_gb")
+    within = task.memory_gb if asked is None else (asked + IMPORTS_GIB) * task.config["world_size"]
+    return NodeShare(int(min(within, task.memory_gb) * GIB), disk)
