@@ -77,6 +77,7 @@ class Database:
 def make_engine(dsn: str, pool: PoolSettings) -> Engine:
     """`dsn`: postgresql://… as libpq takes it."""
     options = f"-c idle_in_transaction_session_timeout={int(pool.idle_in_transaction_s * 1000)}"
+    options += " -c plan_cache_mode=force_custom_plan"  # a plan made for small tables outlived their growth: 295 jobs/s, not 900
     if pool.statement_timeout_s is not None:
         options += f" -c statement_timeout={int(pool.statement_timeout_s * 1000)}"
     return create_engine(

@@ -101,3 +101,8 @@ def test_connections_cut_by_a_restart_are_replaced(database: Database) -> None:
     database.ping()
     with database.platform() as session:
         assert session.scalar(select(func.pg_backend_pid())) != pid
+
+
+def test_no_plan_outlives_the_growth_of_its_tables(database: Database) -> None:
+    with database.platform() as session:
+        assert session.scalar(text("SHOW plan_cache_mode")) == "force_custom_plan"
