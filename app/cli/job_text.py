@@ -126,10 +126,9 @@ def _where(job: dict[str, Any]) -> str:
 
 
 def _memory(job: dict[str, Any]) -> str | None:
-    peak = (job.get("actual") or {}).get("peak_memory_gb")
     limit = (job.get("resource_config") or {}).get("mem_limit_gb")
     estimated = (job.get("estimate") or {}).get("memory_gb")
-    parts = [("peak", peak), ("limit", limit), ("estimated", estimated)]
+    parts = [("limit", limit), ("estimated", estimated)]
     told = [f"{name} {value:g} GiB" for name, value in parts if isinstance(value, int | float)]
     return ", ".join(told) or None
 

@@ -361,10 +361,7 @@ class Facts:
     def _choose_elders(self) -> None:
         if self._elders.stale:
             budget = self.policy.oldest_share * self.ledger.capacity
-            self._reclass(self._elders.choose(budget, self._limit_of))
-
-    def _limit_of(self, tenant: str) -> int | None:
-        return self.ledger.account(tenant).share.max_slots
+            self._reclass(self._elders.choose(budget, lambda tenant: self.ledger.account(tenant).share.max_slots))
 
     def _reclass(self, job_ids: Iterable[str]) -> None:
         for job_id in sorted(job_ids):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -44,11 +43,6 @@ class Encoded:
     max_seq_len: int
     truncated: int = 0
     dropped: int = 0
-
-
-def read_rows(path: str) -> list[Row]:
-    with Path(path).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
 
 
 def file_sha256(path: Path) -> str:

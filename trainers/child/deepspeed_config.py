@@ -11,7 +11,7 @@ BUCKET = 1 << 25
 
 
 def deepspeed_config(config: TrainConfig, micro_batch_size: int, *, bf16: bool) -> dict[str, Any]:
-    """`bf16`: weights in bfloat16 with fp32 masters (full training). LoRA's adapter weights are fp32: no mode is needed."""
+    """`bf16`: what is trained is in bfloat16, adapters too; DeepSpeed keeps fp32 masters of it."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,  # the loop sets the boundary itself, since the last batch may be short

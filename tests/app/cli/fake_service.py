@@ -150,6 +150,21 @@ def build(service: FakeService) -> FastAPI:
         text = "".join(f"{line}\n" for line in (lines if tail is None else lines[len(lines) - tail :]))
         return Response(text, media_type="text/plain", headers={"x-log-attempt": str(attempt)})
 
+    _data_routes(app, service)
+
+    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def other(request: Request, path: str) -> Response:
+        body = await request.body()
+        service.bodies.append(json.loads(body) if body else None)
+        found = service.objects.get(f"{request.method} /{path}")
+        if callable(found):
+            found = found()
+        return JSONResponse(found) if found is not None else error(404, "not_found", f"nothing at {path}")
+
+    return app
+
+
+def _data_routes(app: FastAPI, service: FakeService) -> None:
     @app.post("/api/v1/datasets")
     async def upload(request: Request) -> Row:
         async with request.form() as form:
@@ -175,17 +190,6 @@ def build(service: FakeService) -> FastAPI:
         archive = tar({"adapter.bin": b"weights" * 1000})
         digest = hashlib.sha256(archive).hexdigest()
         return Response(archive[:-1] + b"x" if service.damaged else archive, headers={"x-content-sha256": digest})
-
-    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-    async def other(request: Request, path: str) -> Response:
-        body = await request.body()
-        service.bodies.append(json.loads(body) if body else None)
-        found = service.objects.get(f"{request.method} /{path}")
-        if callable(found):
-            found = found()
-        return JSONResponse(found) if found is not None else error(404, "not_found", f"nothing at {path}")
-
-    return app
 
 
 async def _sse(service: FakeService, id: str, last: int) -> AsyncIterator[bytes]:

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from cli_said import Run
 from fake_service import TOKEN, FakeService
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import Run
+from cli_said import Run
 from fake_service import FakeService
 
 from app.cli.line_text import BAR, bar, moments, soon

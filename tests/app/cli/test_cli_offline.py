@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from conftest import Run
+from cli_said import Run
 from fake_service import job, step
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from cli_said import Run
 from fake_service import FakeService, error
 
 ENVIRONMENT = {"id": "env-1", "name": "mine", "version": 1, "fingerprint": "f" * 64, "created_at": 1, "python": "3.11"}

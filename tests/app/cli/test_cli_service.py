@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Run
+from cli_said import Run
 
 from app.cli import local_service
 from app.cli.contexts import Context, Contexts, load_contexts, save_contexts

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from cli_said import Run
 
 ROWS = "timestamp,duration,num_gpus,cluster\n0,1000,8,a\n10,200,8,b\n20,50,1,b\n"
 

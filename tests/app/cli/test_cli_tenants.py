@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Run
+from cli_said import Run
 from fake_service import FakeService, job
 
 ACME: dict[str, Any] = {

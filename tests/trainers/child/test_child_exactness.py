@@ -12,9 +12,10 @@ from builders_child import Recorder, make_config, numbers
 from builders_methods import checkpoint_of, train
 from safetensors.torch import load_file
 
-from trainers.child.data import Plan, encode, read_rows
+from trainers.child.data import Plan, encode
 from trainers.child.failure import TrainFailure
 from trainers.child.rank import run_rank
+from trainers.child.rows import read_data
 from trainers.config import TrainConfig
 
 pytestmark = [
@@ -46,7 +47,7 @@ def plain_run(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]
             r=hyper.lora_r, lora_alpha=hyper.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model = get_peft_model(model, lora)
-    examples = encode(read_rows(config.train_file), tokenizer, hyper, None).examples
+    examples = encode(read_data(config)[0], tokenizer, hyper, None).examples
     plan = Plan(len(examples), hyper)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, weight_decay=hyper.weight_decay)
