@@ -38,6 +38,7 @@ lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases benchmarks examples tests/drills
 	$(BIN)/lint-imports
 
 unit: install-test

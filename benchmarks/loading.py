@@ -38,7 +38,8 @@ def make_model(folder: Path) -> int:
     weights = {"model.embed_tokens.weight": torch.randn(8000, 1024)}
     for layer in range(LAYERS):
         weights |= {f"model.layers.{layer}.{name}.weight": torch.randn(*size) for name, size in sizes.items()}
-    per_file, names, index = -(-len(weights) // FILES), list(weights), {}
+    per_file, names = -(-len(weights) // FILES), list(weights)
+    index: dict[str, str] = {}
     for number in range(FILES):
         part = {name: weights[name] for name in names[number * per_file : (number + 1) * per_file]}
         save_file(part, folder / f"part-{number}.safetensors", metadata={"format": "pt"})

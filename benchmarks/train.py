@@ -94,7 +94,13 @@ class Bench:
 
     def config(self, rows: Path, name: str, **fields: Any) -> TrainConfig:
         known = set(Hyperparams.__dataclass_fields__)
-        hyper = {"batch_size": BATCH_SIZE, "lr": LR, "lora_r": LORA_R, "lora_alpha": 2 * LORA_R, "seed": 0}
+        hyper: dict[str, Any] = {
+            "batch_size": BATCH_SIZE,
+            "lr": LR,
+            "lora_r": LORA_R,
+            "lora_alpha": 2 * LORA_R,
+            "seed": 0,
+        }
         hyper |= {"lr_scheduler": "constant", "warmup_ratio": 0.0}
         hyper |= {key: fields.pop(key) for key in list(fields) if key in known}
         return TrainConfig(
@@ -191,10 +197,10 @@ def tokens_in_order(config: TrainConfig) -> list[dict[str, Any]]:
     """The rows of all steps as our plan has them, as TRL takes tokens."""
     from transformers import AutoTokenizer
 
-    from trainers.child import data
+    from trainers.child import data, rows
 
     tokenizer = AutoTokenizer.from_pretrained(config.base_model)
-    encoded = data.encode(data.read_rows(config.train_file), tokenizer, config.hyperparams, None)
+    encoded = data.encode(rows.read_data(config)[0], tokenizer, config.hyperparams, None)
     plan = data.Plan(len(encoded.examples), config.hyperparams)
     order = [row for step in range(1, plan.steps + 1) for row in plan.batch(step)]
     return [{"input_ids": encoded.examples[row].ids, "labels": encoded.examples[row].labels} for row in order]

@@ -70,7 +70,7 @@ class Prices:
         """Slots → what was found for a gang of so many, whoever asks."""
 
     def set(self, rows: Rows, of_slot: Floats, share: Floats) -> None:
-        order = np.argsort(of_slot, axis=1)
+        order = np.argsort(of_slot, axis=1, kind="stable")
         at = np.arange(len(of_slot))[:, None]
         finite = np.isfinite(of_slot)
         shared = np.where(finite, of_slot, 0.0) * share
