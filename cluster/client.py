@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from cluster.agent import NodeAgent
 from cluster.errors import Fenced, HeliostatError, Unavailable
+from cluster.metrics import RayWatch
 from cluster.ports import AgentParts, CheckedEnvironment, NodeReport, SchedulerParts
 from cluster.scheduler import Scheduler
 
@@ -209,7 +210,8 @@ class AgentActor(NodeAgent):
 class SchedulerActor(Scheduler):
     def __init__(self, wiring: SchedulerWiring) -> None:
         logging.basicConfig(level=logging.INFO)
-        super().__init__(wiring, RayNodes(), pool=ThreadPoolExecutor(QUESTIONS, thread_name_prefix="ask"))
+        pool = ThreadPoolExecutor(QUESTIONS, thread_name_prefix="ask")
+        super().__init__(wiring, RayNodes(), pool=pool, watch=RayWatch())
         self._fenced: Fenced | None = None
         # Started here, because after a crash Ray calls nothing but the constructor.
         threading.Thread(target=self._work, name="scheduler", daemon=True).start()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -17,6 +18,7 @@ from cluster.core.state import ClusterState, Snapshot
 from cluster.errors import Unavailable
 from cluster.facts import Facts
 from cluster.inbox import Inbox
+from cluster.metrics import Unwatched, Watch
 from cluster.ports import Attempt, Nodes, SchedulerParts
 from cluster.reconcile import Reconciler
 
@@ -30,13 +32,16 @@ MIN_LOOK_S = 0.2
 
 MAX_BACKOFF_S = 10.0
 
+COUNT_S = 10.0
+"""How often all jobs are counted for operators."""
+
 EXPLAINED = 50
 """So many of the waiting jobs, from the first in line, are explained in `state`."""
 
 
 class Scheduler:
     """`open` takes the epoch, `run` works until `stop` or until another scheduler has taken over (raises `Fenced`).
-    `pool`: in which agents and drivers are asked; None: in this thread."""
+    `pool`: in which agents and drivers are asked; None: in this thread. `watch`: told what operators want to see."""
 
     def __init__(
         self,
@@ -44,11 +49,14 @@ class Scheduler:
         nodes: Nodes,
         clock: Callable[[], float] = time.monotonic,
         pool: Executor | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._wiring = wiring
         self._nodes = nodes
         self._clock = clock
         self._pool = pool or Inline()
+        self._watch = watch or Unwatched()
+        self._counted_at = -COUNT_S
         self._stopped = threading.Event()
         self._inbox = Inbox()
         self._seeing = threading.Lock()  # `state` is called from other threads
@@ -139,6 +147,7 @@ class Scheduler:
             decisions = self._state.decide(self._facts.now)
         changed |= self._carry_out(decisions)
         self._rounds += 1
+        self._count()
         self._inbox.remember(changed)
         return bool(changed)
 
@@ -176,6 +185,7 @@ class Scheduler:
         resumes = [one for one in decisions if isinstance(one, Resume)]
         grants = [one for one in decisions if isinstance(one, Grant)]
         told = [*self._order(yields), *self._resume(resumes)]
+        self._tell_of_turns([*yields, *resumes], told)
         for key in told:
             self._parts.launcher.nudge(*key)  # only to be faster: drivers look anyway
         done = len(told) + self._grant(grants)
@@ -196,7 +206,27 @@ class Scheduler:
             return 0
         granted = self._parts.store.grant(self._epoch, grants, self._parts.settings.lease_ttl_s)
         self._reconciler.granted(granted.items())
+        for grant in grants:
+            if grant.job.id in granted:
+                self._watch.waited(grant.job.tenant, max(0.0, self._facts.now - grant.job.queued_at))
         return len(granted)
+
+    def _tell_of_turns(self, turns: Iterable[Yield | Resume], told: Collection[Attempt]) -> None:
+        held = self._state.facts.held
+        for turn in turns:
+            key = turn.job_id, turn.attempt
+            if key in told and key in held:
+                self._watch.switched(held[key].job.tenant, turn.how if isinstance(turn, Yield) else "resume")
+
+    def _count(self) -> None:
+        if self._clock() < self._counted_at + COUNT_S:
+            return
+        self._counted_at = self._clock()
+        with self._seeing:
+            facts = self._state.facts
+            counts = Counter((job.tenant, "queued") for job in facts.unordered())
+            counts.update((one.job.tenant, "parked" if one.parked else "running") for one in facts.held.values())
+        self._watch.jobs(counts)
 
     # For operators --------------------------------------------------------------------------------------------------
 

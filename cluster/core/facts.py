@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 from sortedcontainers import SortedList
 
@@ -170,6 +170,9 @@ class Facts:
 
     def in_order(self) -> tuple[Job, ...]:
         return (*self.waiting.in_order(), *self._late())
+
+    def unordered(self) -> Iterator[Job]:
+        return chain(self.waiting.jobs(), self._hidden.values())
 
     def _late(self) -> list[Job]:
         return sorted(self._hidden.values(), key=lambda job: (job.not_before, job.id))

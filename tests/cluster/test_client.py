@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import ray
@@ -155,3 +156,19 @@ def test_what_is_not_there_is_unavailable(store: FileStore) -> None:
         client.node_agent("n2")
     assert caught.value.code == "ray_unavailable"
     assert client.RayNodes().end_attempt("n2", "ftjob-a", 1) is None
+
+
+def test_prometheus_finds_the_jobs_of_a_tenant(store: FileStore) -> None:
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    wanted = ("heliostat_jobs{", "heliostat_job_queue_wait_seconds_count{")
+    lines: list[str] = []
+
+    def exported() -> bool:
+        lines[:] = [
+            line for line in httpx.get(url).text.splitlines() if line.startswith(("heliostat", "ray_heliostat"))
+        ]
+        return all(any(name in line for line in lines) for name in wanted)
+
+    until(exported, 40)
+    assert all('tenant="' in line and "ftjob" not in line for line in lines)

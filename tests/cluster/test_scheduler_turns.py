@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,11 +17,29 @@ from cluster.core.job import JobState, Priority, TenantShare
 from cluster.core.policy import Policy
 from cluster.facts import Facts, snapshot_of
 from cluster.ports import SchedulerParts, SchedulerSettings
-from cluster.scheduler import Scheduler
+from cluster.scheduler import COUNT_S, Scheduler
 
 S = JobState
 POLICY = Policy(quantum_s=20, min_run_s=5, look_s=1, park_max_s=100, urgent_share=1.0)
 TIMES = SchedulerSettings(lease_ttl_s=1e6, poll_s=1.0, stage_limit_s=1e6, yield_limit_s=50, policy=POLICY)
+
+
+class Watched:
+    """What operators would see."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[str, float]] = []
+        self.switches: list[tuple[str, str]] = []
+        self.counts: dict[tuple[str, str], int] = {}
+
+    def waited(self, tenant: str, seconds: float) -> None:
+        self.waits.append((tenant, seconds))
+
+    def switched(self, tenant: str, how: str) -> None:
+        self.switches.append((tenant, how))
+
+    def jobs(self, counts: Mapping[tuple[str, str], int]) -> None:
+        self.counts = dict(counts)
 
 
 class World:
@@ -36,7 +54,8 @@ class World:
         self.scheduler = self.another_scheduler()
 
     def another_scheduler(self) -> Scheduler:
-        scheduler = Scheduler(lambda: self.parts, self.nodes, self.clock)
+        self.watched = Watched()
+        scheduler = Scheduler(lambda: self.parts, self.nodes, self.clock, watch=self.watched)
         scheduler.open()
         return scheduler
 
@@ -91,6 +110,21 @@ def test_a_parked_job_goes_on_in_its_attempt_when_its_slots_are_free(world: Worl
     assert world.states() == {"long": S.RUNNING, "urgent": S.SUCCEEDED}
     assert world.drivers.started == [("long", 1), ("urgent", 1)]
     assert world.drivers.nudged == [("long", 1), ("long", 1)]
+
+
+def test_operators_see_waits_switches_and_who_is_where(world: World) -> None:
+    test_an_urgent_job_makes_a_running_one_park_and_takes_its_slots(world)
+    world.clock.advance(COUNT_S)
+    world.round()
+    assert world.watched.waits == [("of-long", 0.0), ("of-urgent", 0.0)]
+    assert world.watched.switches == [("of-long", "park")]
+    assert world.watched.counts == {("of-long", "parked"): 1, ("of-urgent", "running"): 1}
+    world.queue("third")
+    world.store.move("urgent", S.SUCCEEDED)
+    world.clock.advance(COUNT_S)
+    world.round(3)
+    assert world.watched.switches == [("of-long", "park"), ("of-long", "resume")]
+    assert world.watched.counts[("of-third", "queued")] == 1
 
 
 def test_where_nothing_can_be_parked_a_job_is_suspended_and_starts_anew_later(world: World) -> None:
