@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.child.failure import TrainFailure
+from trainers.child.lora import scale_early
 from trainers.child.render import CHATML
 from trainers.config import TrainConfig
 
@@ -72,7 +73,7 @@ def _is_adapter(folder: Path) -> bool:
 
 def adapt(model: Any, config: TrainConfig, **lora: Any) -> Any:
     """With what is to be trained: an adapter (`lora`: more fields of its configuration), or all weights."""
-    return _full(model, config) if config.training_type == "full" else _lora(model, config, **lora)
+    return _full(model, config) if config.training_type == "full" else scale_early(_lora(model, config, **lora))
 
 
 def load_tokenizer(folder: str) -> tuple[Any, bool]:
