@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,3 +129,20 @@ def serving(api: Api) -> Iterator[Api]:
 def upload(client: httpx.Client, content: bytes = ROWS, name: str = "rows", **form: Any) -> httpx.Response:
     filename = form.pop("filename", f"{name}.jsonl")
     return client.post("/datasets", files={"file": (filename, content)}, data={"name": name, **form})
+
+
+def code_archive(**files: str) -> bytes:
+    """.tar.gz; `train` stands for train.py."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, text in (files or {"train": "print('hello')\n"}).items():
+            header = tarfile.TarInfo(f"{name}.py")
+            header.size = len(text.encode())
+            tar.addfile(header, io.BytesIO(text.encode()))
+    return packed.getvalue()
+
+
+def upload_code(
+    client: httpx.Client, content: bytes | None = None, name: str = "mycode", **form: Any
+) -> httpx.Response:
+    return client.post("/code", files={"file": ("x.tar.gz", content or code_archive())}, data={"name": name, **form})

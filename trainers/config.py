@@ -71,7 +71,7 @@ class TrainConfig:
     adapter: Optional[str] = None
     """Folder of a LoRA adapter, or of a checkpoint's weights, to start from (continue training)."""
     method: str = "sft"
-    """sft or dpo."""
+    """sft, dpo or custom."""
     task: str = "causal_lm"
     """causal_lm, or sequence_classification (with the method sft)."""
     training_type: str = "lora"
@@ -96,6 +96,12 @@ class TrainConfig:
     """GiB per slot; on `cpu` the process's memory above what the imports take."""
     metadata: Dict[str, Any] = field(default_factory=dict)
     """Goes into the artifact's README as lineage."""
+    entrypoint: Optional[List[str]] = None
+    """Of `custom`: what the tenant's Python is started with: a file and its arguments, or -m, a module and its arguments."""
+    code: Optional[str] = None
+    """Of `custom`: the folder that the script is started in."""
+    params: Dict[str, Any] = field(default_factory=dict)
+    """Of `custom`: whatever its script wants to be told."""
 
     def to_dict(self) -> Dict[str, Any]:
         return dataclasses.asdict(self)
@@ -104,3 +110,11 @@ class TrainConfig:
     def from_dict(cls, data: Dict[str, Any]) -> TrainConfig:
         """Raises TypeError for an unknown or missing key."""
         return cls(**{**data, "hyperparams": Hyperparams(**data.get("hyperparams", {}))})
+
+
+LAUNCHERS = {"custom": "trainers.child.custom.conductor"}
+
+
+def launcher_of(method: str) -> str:
+    """The module that is the first process of such a run; what it is told and answers is in `trainers.protocol`."""
+    return LAUNCHERS.get(method, "trainers.child.launcher")

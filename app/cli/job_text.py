@@ -49,6 +49,8 @@ def summary(job: dict[str, Any]) -> RenderableType:
             ("dataset", job.get("dataset_id")),
             ("validation", job.get("validation_dataset_id")),
             ("method", " ".join(filter(None, (job.get("method"), job.get("training_type"))))),
+            ("script", " ".join(filter(None, (job.get("code"), job.get("entrypoint"))))),
+            ("params", job.get("params")),
             ("hyperparams", job.get("hyperparams")),
             ("environment", job.get("environment")),
             ("asked for", job.get("resource_config")),

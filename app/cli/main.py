@@ -7,6 +7,7 @@ from app.cli.commands import (
     base_models,
     channels,
     clusters,
+    code,
     context,
     datasets,
     doctor,
@@ -32,6 +33,7 @@ for name, part_app in (
     ("token", tokens.app),
     ("base-model", base_models.app),
     ("dataset", datasets.app),
+    ("code", code.app),
 ):
     app.add_typer(part_app, name=name)
 finetune.register(app)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Checkpoint, Dataset, Job, Lease, ModelVersion, Table, Tenant
+from app.db.models import BaseModel, Checkpoint, Code, Dataset, Job, Lease, ModelVersion, Table, Tenant
 from cluster.core.job import Placement
 from cluster.errors import Conflict, NotFound
 from cluster.storage.objects import folder_sha256
 from trainers.config import Hyperparams
-from trainers.run.ports import Assignment, LastCheckpoint
+from trainers.run.ports import Assignment, LastCheckpoint, Script
 
 T = TypeVar("T", bound=Table)
 
@@ -52,7 +53,18 @@ def read_assignment(session: Session, job: Job) -> Assignment:
         ran_s=job.ran_s,
         metadata=job.user_metadata,
         uid=_get(session, Tenant, job.tenant_id).uid,
+        script=_script(session, job),
     )
+
+
+def _script(session: Session, job: Job) -> Script | None:
+    if job.script is None:
+        return None
+    script = Script(job.script["entrypoint"], job.script["params"])
+    if job.code_id is None:
+        return script
+    code = _get(session, Code, job.code_id)
+    return replace(script, prefix=code.prefix, files=code.files)
 
 
 def _placement(session: Session, job: Job) -> tuple[Placement, str]:

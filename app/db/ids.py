@@ -8,6 +8,7 @@ import secrets
 JOB = "ftjob-"
 DATASET = "file-"
 ENVIRONMENT = "env-"
+CODE = "code-"
 BASE_MODEL = "base-"
 MODEL = "model-"
 MODEL_VERSION = "mv-"

@@ -114,6 +114,24 @@ class Environment(Table):
     __table_args__ = (UniqueConstraint("tenant_id", "name", "version"),)
 
 
+class Code(Table):
+    """One version of a tenant's code, for jobs of method `custom`; its files lie under `prefix`."""
+
+    __tablename__ = "code"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = _tenant()
+    name: Mapped[str]
+    version: Mapped[int]
+    files: Mapped[dict[str, Any]]  # name → sha256
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]  # of names and hashes
+    source_sha256: Mapped[str]
+    prefix: Mapped[str]
+    created_at: Mapped[datetime] = _now()
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (UniqueConstraint("tenant_id", "name", "version"),)
+
+
 class Job(Table):
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -143,6 +161,8 @@ class Job(Table):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
     environment_id: Mapped[str | None] = mapped_column(ForeignKey("environments.id"))
+    code_id: Mapped[str | None] = mapped_column(ForeignKey("code.id"))
+    script: Mapped[dict[str, Any] | None]  # of method custom: entrypoint, params
     lock: Mapped[dict[str, Any]]
     fingerprint: Mapped[str]
     output_model: Mapped[str]
@@ -296,7 +316,7 @@ class ModelVersion(Table):
     tenant_id: Mapped[str] = _tenant()
     version: Mapped[int]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
-    kind: Mapped[str]  # adapter, model
+    kind: Mapped[str]  # adapter, model; files: what a script has made
     prefix: Mapped[str]
     files: Mapped[dict[str, Any]]  # name → sha256
     metrics: Mapped[dict[str, Any]]

@@ -29,6 +29,15 @@ def version_of_job(session: Session, job: Job) -> str | None:
     return job.fine_tuned_model if made is not None else None
 
 
+def _kind(job: Job, files: dict[str, str]) -> str:
+    """A script's version is what its files make it."""
+    if job.method != "custom":
+        return "adapter" if job.training_type in ("lora", "qlora") else "model"
+    if "adapter_config.json" in files:
+        return "adapter"
+    return "model" if "config.json" in files else "files"
+
+
 def register_version(session: Session, job: Job, result: Result) -> str:
     """The new `name@version`, also noted on the job. Once per job: the table refuses a second one."""
     new = insert(Model).values(id=new_id(MODEL), tenant_id=job.tenant_id, name=job.output_model)
@@ -49,7 +58,7 @@ def register_version(session: Session, job: Job, result: Result) -> str:
             tenant_id=job.tenant_id,
             version=number,
             job_id=job.id,
-            kind="adapter" if job.training_type in ("lora", "qlora") else "model",
+            kind=_kind(job, result.files),
             prefix=result.prefix,
             files=result.files,
             metrics=result.metrics,

@@ -11,15 +11,16 @@ from typing import Generic, Never, TypeVar
 from sqlalchemy import ColumnElement, Select, func, select, text, tuple_
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Checkpoint, Dataset, Environment, Job, Model, ModelAlias, ModelVersion, Table
+from app.db.models import BaseModel, Checkpoint, Code, Dataset, Environment, Job, Model, ModelAlias, ModelVersion, Table
 from cluster.errors import InvalidRequest, NotFound
 
-V = TypeVar("V", Dataset, Environment)
-Named = Dataset | Environment | Model | BaseModel
-P = TypeVar("P", Dataset, Environment, Job, Model, ModelVersion, Checkpoint)
+V = TypeVar("V", Dataset, Environment, Code)
+Named = Dataset | Environment | Code | Model | BaseModel
+P = TypeVar("P", Dataset, Environment, Code, Job, Model, ModelVersion, Checkpoint)
 LABELS = {
     Dataset: "dataset",
     Environment: "environment",
+    Code: "code",
     Job: "job",
     Model: "model",
     ModelVersion: "model_version",
@@ -66,6 +67,9 @@ class Repository:
 
     def environment(self, ref: str) -> Environment:
         return self._versioned(Environment, ref)
+
+    def code(self, ref: str) -> Code:
+        return self._versioned(Code, ref)
 
     def base_model(self, ref: str) -> BaseModel:
         """By id or name; base models belong to all tenants. Raises `NotFound`."""
@@ -127,7 +131,7 @@ class Repository:
         self.session.flush()
         return row
 
-    def next_version(self, table: type[Dataset] | type[Environment], name: str) -> int:
+    def next_version(self, table: type[Dataset] | type[Environment] | type[Code], name: str) -> int:
         """The number for a new version of a name (deleted ones count: a number is never used twice). Others who ask
         for the same name wait until this transaction ends."""
         self._lock(f"{table.__tablename__} {self.tenant} {name}")
@@ -183,7 +187,7 @@ class Repository:
 
     def _missing(self, table: type[Table], ref: str) -> Never:
         label = LABELS[table]
-        near = self.near(ref, table) if table in (Dataset, Environment, Model, BaseModel) else None
+        near = self.near(ref, table) if table in (Dataset, Environment, Code, Model, BaseModel) else None
         raise NotFound(
             f"{label.replace('_', ' ')} {ref[:120]!r} does not exist",
             code=f"{label}_not_found",

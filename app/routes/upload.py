@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -16,6 +17,9 @@ from app.services.datasets import Upload
 from cluster.errors import HeliostatError, InvalidRequest, TooLarge
 
 FIELDS = ("file", "name", "format", "map")
+CODE_FIELDS = ("file", "name")
+MAX_CODE_BYTES = 256 * 1024 * 1024
+"""Of an archive of code; its contents have limits of their own."""
 ENVELOPE_BYTES = 64 * 1024
 """What boundaries and the other fields may take."""
 
@@ -41,21 +45,44 @@ MULTIPART: dict[str, Any] = {
 }
 
 
+CODE_MULTIPART: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": ".tar.gz or .zip"},
+                        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
 @asynccontextmanager
-async def read_upload(request: Request, max_bytes: int) -> AsyncIterator[Upload]:
+async def read_upload(request: Request, max_bytes: int, fields: tuple[str, ...] = FIELDS) -> AsyncIterator[Upload]:
     """Raises `TooLarge`, `InvalidRequest`. Whatever happens, the temporary file is gone afterwards."""
     form = await _parsed(request, max_bytes)
     try:
-        yield _upload(form)
+        yield _upload(form, fields)
     finally:
         await form.close()
+
+
+read_code = partial(read_upload, fields=CODE_FIELDS)
 
 
 async def _parsed(request: Request, max_bytes: int) -> FormData:
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         cause = HeliostatError(
-            "a dataset is uploaded as multipart/form-data",
+            "a file is uploaded as multipart/form-data",
             code="unsupported_media_type",
             hint="For instance `curl -F file=@rows.jsonl -F name=my-data …`.",
         )
@@ -89,14 +116,14 @@ def _too_large(max_bytes: int) -> TooLarge:
     )
 
 
-def _upload(form: FormData) -> Upload:
-    unknown = sorted(set(form) - set(FIELDS))
+def _upload(form: FormData, fields: tuple[str, ...]) -> Upload:
+    unknown = sorted(set(form) - set(fields))
     if unknown:
         raise InvalidRequest(
             f"unknown form field {unknown[0][:80]!r}",
             code="unknown_field",
             param=unknown[0][:80],
-            hint=did_you_mean(unknown[0], FIELDS) or f"Known: {', '.join(FIELDS)}.",
+            hint=did_you_mean(unknown[0], fields) or f"Known: {', '.join(fields)}.",
         )
     file = form.get("file")
     if not isinstance(file, UploadFile):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -20,6 +21,16 @@ def _storable(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul", "a NUL character is not allowed")
     return text
+
+
+MAX_JSON_CHARS = 16_000
+
+
+def small_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Free-form, within bounds: it travels in an environment variable."""
+    if len(json.dumps(value)) > MAX_JSON_CHARS:
+        raise PydanticCustomError("too_large_json", f"it has more than {MAX_JSON_CHARS} characters as JSON")
+    return value
 
 
 Text = Annotated[str, AfterValidator(_storable)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.schemas.common import LABEL_PATTERN, Answer, Name, Reference, RequestBody, Text
+from app.schemas.common import LABEL_PATTERN, Answer, Name, Reference, RequestBody, Text, small_json
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Module = Annotated[Text, Field(min_length=1, max_length=200)]
@@ -101,6 +101,9 @@ MetadataKey = Annotated[Text, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[Text, Field(max_length=512)]
 
 
+Params = Annotated[dict[MetadataKey, JsonValue], AfterValidator(small_json)]
+
+
 class FinetuneRequest(RequestBody):
     tenant_id: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
     base_model: Reference
@@ -118,7 +121,11 @@ class FinetuneRequest(RequestBody):
     suffix: Annotated[str, Field(pattern=LABEL_PATTERN)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     budget: Budget | None = None
-    entrypoint: Annotated[Text, Field(max_length=1000)] | None = None
+    entrypoint: Annotated[Text, Field(max_length=1000)] | None = Field(
+        None, description="For `custom`: what Python is started with, `train.py --lr 1e-4` or `-m package.train`."
+    )
+    code: Reference | None = Field(None, description="For `custom`: the uploaded code that the entrypoint lies in.")
+    params: Params | None = Field(None, description="For `custom`: whatever the script wants to be told.")
 
 
 class StatusDetails(Answer):
@@ -156,6 +163,9 @@ class Job(Answer):
     validation_dataset_id: str | None
     environment: str | None
     environment_fingerprint: str
+    code: str | None
+    entrypoint: str | None
+    params: dict[str, Any] | None
     method: str
     training_type: str
     task: str

@@ -55,7 +55,7 @@ class DatasetService:
             dataset_id = ids.new_id(ids.DATASET)
             prefix = f"tenants/{tenant}/datasets/{dataset_id}"
             row = _row(tenant, name, prefix, made)
-            row.id, row.source_sha256 = dataset_id, _sha256(upload.file)
+            row.id, row.source_sha256 = dataset_id, sha256_of(upload.file)
             return self._store(row, prefix, (upload.file, canonical))
 
     def may_create(self, caller: Caller) -> str:
@@ -162,11 +162,11 @@ def view(row: DatasetRow) -> Dataset:
     )
 
 
-def dataset_name(upload: Upload) -> str:
+def dataset_name(upload: Upload, default: str = "dataset") -> str:
     """As asked for, else made from the file's name. Raises `InvalidRequest`."""
     if upload.name is None:
         stem = upload.filename.rsplit("/", 1)[-1].rsplit("\\", 1)[-1].split(".", 1)[0].lower()
-        return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:64] or "dataset"
+        return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:64] or default
     if not re.fullmatch(NAME_PATTERN, upload.name):
         raise InvalidRequest(
             f"a name has {NAME_RULE}",
@@ -206,7 +206,7 @@ def _same_content(session: Session, row: DatasetRow) -> DatasetRow | None:
     return there if same else None
 
 
-def _sha256(file: IO[bytes]) -> str:
+def sha256_of(file: IO[bytes]) -> str:
     file.seek(0)
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK_BYTES):

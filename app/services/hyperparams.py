@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from app.schemas.finetune import FinetuneRequest
 from app.schemas.finetune import Hyperparams as Asked
+from app.services.scripts import check_fields
 from cluster.errors import InvalidRequest
 from trainers.config import Hyperparams
 
-CAUSAL_LM, CLASSIFICATION = "causal_lm", "sequence_classification"
+CAUSAL_LM, CLASSIFICATION, CUSTOM = "causal_lm", "sequence_classification", "custom"
 ROWS = {
     "causal_lm": "messages, prompt and completion, or text",
     "preference": "prompt, chosen and rejected",
@@ -46,13 +47,9 @@ def way_of(request: FinetuneRequest) -> Way:
         if training_type not in (None, method):
             raise _conflict("training_type", f"method {method} and training_type {training_type} contradict each other")
         method, training_type = "sft", method
-    if method == "custom":
-        raise InvalidRequest(
-            "method custom cannot be trained by this version",
-            code="unsupported_method",
-            param="method",
-            hint="Use method sft or dpo.",
-        )
+    if method == CUSTOM:
+        check_fields(request)
+        return Way(method, "full", request.task)
     if method == "dpo" and request.task != CAUSAL_LM:
         raise _conflict("task", f"method dpo trains the task {CAUSAL_LM}, not {request.task}")
     return Way(method, training_type or "lora", request.task)
@@ -62,8 +59,11 @@ def refuse_what_changes_nothing(request: FinetuneRequest, way: Way) -> None:
     """A field that would change nothing is refused, not ignored. Raises `InvalidRequest`."""
     asked = request.hyperparams
     validates = request.validation_dataset_id is not None or request.validation_split is not None
-    if request.entrypoint is not None:
-        raise _idle("entrypoint", "method custom")
+    if way.method == CUSTOM:  # a script may make of them what it likes
+        return
+    for field in ("entrypoint", "code", "params"):
+        if getattr(request, field) is not None:
+            raise _idle(field, "method custom")
     if asked.beta is not None and way.method != "dpo":
         raise _idle("hyperparams.beta", "method dpo")
     if asked.packing and way.task != CAUSAL_LM:

@@ -10,12 +10,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.db.ids import CHECKPOINT
-from app.db.models import BaseModel, Checkpoint, Dataset, Environment, Job, Model, ModelVersion, Node
+from app.db.models import BaseModel, Checkpoint, Code, Dataset, Environment, Job, Model, ModelVersion, Node
 from app.db.repository import Repository
 from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
-from app.services.hyperparams import CLASSIFICATION, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
+from app.services.hyperparams import CLASSIFICATION, CUSTOM, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
 from app.services.resources import Choice, ModelFacts, choose
+from app.services.scripts import ScriptPlan, choose_room, plan_script
 from app.settings import Settings
 from cluster.core.kinds import CPU
 from cluster.errors import Conflict, InvalidRequest, NotFound
@@ -40,9 +41,13 @@ class Plan:
     environment: Environment | None
     hyperparams: Hyperparams
     choice: Choice
+    script: ScriptPlan | None = None
 
     def estimate(self) -> dict[str, Any]:
-        """Beside memory: how much there is to do."""
+        """Beside memory: how much there is to do; of a script, what the request says of it."""
+        if self.script is not None:
+            steps = self.script.params.get("max_steps")
+            return {**self.choice.estimate.as_dict(), **({"steps": steps} if steps else {}), "rows": self.dataset.rows}
         epochs = self.hyperparams.epochs
         rows = self.dataset.rows - self.hyperparams.held_out(self.dataset.rows)
         steps = epochs * math.ceil(rows / self.hyperparams.batch_size)
@@ -59,7 +64,8 @@ class Plan:
         return [*self.choice.warnings, *self.dataset.report.get("warnings", [])]
 
     def hyperparams_dict(self) -> dict[str, Any]:
-        return asdict(self.hyperparams)
+        """Of a script, those that the request names: the defaults would be nobody's."""
+        return asdict(self.hyperparams) if self.script is None else self.script.hyperparams
 
     def shape_dict(self) -> dict[str, Any]:
         return shapes_to_json(self.choice.shapes)
@@ -70,6 +76,8 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     way = way_of(request)
     refuse_what_changes_nothing(request, way)
     repository = Repository(session, tenant)
+    if way.method == CUSTOM:
+        return _script_plan(repository, request, way, settings)
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     validation = request.validation_dataset_id
@@ -106,6 +114,30 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     )
 
 
+def _script_plan(repository: Repository, request: FinetuneRequest, way: Way, settings: Settings) -> Plan:
+    """Of a tenant's own script: it is given model, data and room, and decides everything else itself."""
+    base, parent, checkpoint = _begins_with(repository, request.base_model, way)
+    validation = request.validation_dataset_id
+    script = plan_script(request, _code(repository, request.code) if request.code else None)
+    facts = ModelFacts(base.config or {}, base.parameters)
+    fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
+    choice = choose_room(request, _nodes(repository.session), facts, fallback)
+    _check_budget(request, choice)
+    return Plan(
+        method=way.method,
+        training_type=way.training_type,
+        base=base,
+        parent=parent,
+        checkpoint=checkpoint,
+        dataset=_dataset(repository, request.dataset_id, "dataset_id", way),
+        validation=_dataset(repository, validation, "validation_dataset_id", way) if validation else None,
+        environment=_environment(repository, request.environment) if request.environment else None,
+        hyperparams=resolve(request, way),
+        choice=choice,
+        script=script,
+    )
+
+
 def sequence_length(hyperparams: Hyperparams, max_chars: int, config: dict[str, Any]) -> int:
     """Tokens of the longest row, at most: nobody tokenises here, and a token has at least one character."""
     shape = read_shape(config)
@@ -125,6 +157,13 @@ def _begins_with(
         return *_base(repository, ref, way), None
     checkpoint = _named(repository.checkpoint, ref, "base_model")
     job = repository.job(checkpoint.job_id)
+    if CUSTOM in (job.method, way.method):
+        raise InvalidRequest(
+            f"{ref} can only be continued by its own job: what a script makes of a checkpoint is its own business",
+            code="unsupported_continuation",
+            param="base_model",
+            hint="Start from the job's model, or from the base model.",
+        )
     if job.task != way.task:
         raise _other_task(ref, job.task, way)
     if (job.training_type == "full") != (way.training_type == "full"):
@@ -157,7 +196,7 @@ def _base(repository: Repository, ref: str, way: Way) -> tuple[BaseModel, ModelV
             param="base_model",
             hint="Wait until `heliostat base-model ls` shows it as ready, or name another one.",
         )
-    if way.task != CLASSIFICATION and _only_encodes(base.config or {}):
+    if way.method != CUSTOM and way.task != CLASSIFICATION and _only_encodes(base.config or {}):
         raise InvalidRequest(
             f"base model {base.name} encodes text and writes none, so it can learn to classify only",
             code="base_model_not_causal",
@@ -191,6 +230,15 @@ def _tuned(repository: Repository, ref: str, way: Way) -> tuple[BaseModel, Model
     if version.deleted_at is not None:
         raise NotFound(f"model {ref[:120]!r} was deleted", code="base_model_not_found", param="base_model")
     job = repository.job(version.job_id)
+    if way.method == CUSTOM:
+        return repository.base_model(job.base_model_id), version
+    if version.kind == "files":
+        raise InvalidRequest(
+            f"{ref[:120]} was made by a script, and is neither an adapter nor a model that can be trained on",
+            code="unsupported_continuation",
+            param="base_model",
+            hint="Use method custom, or start from the base model.",
+        )
     if job.task != way.task:
         raise _other_task(ref, job.task, way)
     if version.kind == "adapter" and (way.training_type == "full" or _stands_on_full(repository, job)):
@@ -226,7 +274,7 @@ def _dataset(repository: Repository, ref: str, param: str, way: Way) -> Dataset:
     repository.session.refresh(dataset, with_for_update={"read": True})
     if dataset.deleted_at is not None:
         raise NotFound(f"dataset {ref[:120]!r} was deleted", code="dataset_not_found", param=param)
-    if dataset.task != way.rows:
+    if way.method != CUSTOM and dataset.task != way.rows:
         trains = {"preference": "method dpo", CLASSIFICATION: f"task {CLASSIFICATION}"}.get(dataset.task, "method sft")
         raise InvalidRequest(
             f"dataset {dataset.name} has rows with {ROWS[dataset.task]}, this training takes {ROWS[way.rows]}",
@@ -260,6 +308,15 @@ def _where_it_runs(way: Way, choice: Choice) -> Choice:
             hint="Use training_type lora, or ask for a gpu_type that is here.",
         )
     return on_gpus
+
+
+def _code(repository: Repository, ref: str) -> Code:
+    code: Code = _named(repository.code, ref, "code")
+    # Shared: it cannot be deleted between this look and the insertion of the job.
+    repository.session.refresh(code, with_for_update={"read": True})
+    if code.deleted_at is not None:
+        raise NotFound(f"code {ref[:120]!r} was deleted", code="code_not_found", param="code")
+    return code
 
 
 def _environment(repository: Repository, ref: str) -> Environment:

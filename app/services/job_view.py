@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Dataset, Environment, Step
+from app.db.models import BaseModel, Code, Dataset, Environment, Step
 from app.db.models import Job as JobRow
 from app.schemas.finetune import Job, JobError, JobStatus, StatusDetails
 from app.services.forecasts import Forecast
@@ -58,6 +58,7 @@ class Around:
     base_models: dict[str, str] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
     environments: dict[str, str] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
 
 
@@ -73,6 +74,7 @@ def read_around(session: Session, jobs: Sequence[JobRow]) -> Around:
     bases = {job.base_model_id for job in jobs}
     datasets = {key for job in jobs for key in (job.dataset_id, job.validation_dataset_id) if key}
     environments = {job.environment_id for job in jobs if job.environment_id}
+    code = {job.code_id for job in jobs if job.code_id}
     return Around(
         base_models={row.id: row.name for row in session.scalars(select(BaseModel).where(BaseModel.id.in_(bases)))},
         datasets={
@@ -83,6 +85,7 @@ def read_around(session: Session, jobs: Sequence[JobRow]) -> Around:
             row.id: f"{row.name}@{row.version}"
             for row in session.scalars(select(Environment).where(Environment.id.in_(environments)))
         },
+        code={row.id: f"{row.name}@{row.version}" for row in session.scalars(select(Code).where(Code.id.in_(code)))},
         progress=_progress(session, [job.id for job in jobs]),
     )
 
@@ -126,6 +129,9 @@ def view(job: JobRow, around: Around, ahead: Ahead, now: datetime) -> Job:
         validation_dataset_id=around.datasets.get(job.validation_dataset_id or ""),
         environment=around.environments.get(job.environment_id or ""),
         environment_fingerprint=job.fingerprint,
+        code=around.code.get(job.code_id or ""),
+        entrypoint=job.request.get("entrypoint"),
+        params=(job.script or {}).get("params"),
         method=job.method,
         training_type=job.training_type,
         task=job.task,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import func, select
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from app.db import ids
 from app.db.events import NewEvent, append_event
-from app.db.models import Dataset, ModelVersion
+from app.db.models import Code, Dataset, ModelVersion
 from app.db.models import Job as JobRow
 from app.db.repository import PageRequest, Repository
 from app.db.requests import idempotent
@@ -174,6 +174,13 @@ def _retry(session: Session, job: JobRow) -> None:
                 code="dataset_deleted",
                 hint="Send a new request with another dataset.",
             )
+    code = session.get(Code, job.code_id, with_for_update=shared) if job.code_id else None
+    if code is not None and code.deleted_at is not None:
+        raise Conflict(
+            f"code {code.name}@{code.version} of this job was deleted",
+            code="code_deleted",
+            hint="Upload it again, and send a new request.",
+        )
     parent = session.get(ModelVersion, job.parent_version_id, with_for_update=shared) if job.parent_version_id else None
     if parent is not None and parent.deleted_at is not None:
         raise Conflict(
@@ -208,7 +215,7 @@ def _row(caller: Caller, request: FinetuneRequest, plan: Plan) -> JobRow:
         method=plan.method,
         training_type=plan.training_type,
         task=request.task,
-        hyperparams=asdict(plan.hyperparams),
+        hyperparams=plan.hyperparams_dict(),
         precision="auto",
         resource_config=request.resource_config.model_dump(mode="json", exclude_none=True),
         shape=plan.shape_dict(),
@@ -219,6 +226,8 @@ def _row(caller: Caller, request: FinetuneRequest, plan: Plan) -> JobRow:
         dataset_id=plan.dataset.id,
         validation_dataset_id=plan.validation.id if plan.validation else None,
         environment_id=plan.environment.id if plan.environment else None,
+        code_id=plan.script.code.id if plan.script and plan.script.code else None,
+        script=plan.script.as_row() if plan.script else None,
         output_model=_output_name(request, plan),
         user_metadata=request.metadata or {},
         created_by=caller.identity.subject,

@@ -23,6 +23,16 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Nodes of the kind, market and region that were asked for. `kinds`: in the order of preference; none: any."""
+
+    kinds: tuple[str, ...]
+    nodes: list[Node]
+    warnings: tuple[str, ...]
+    priced: bool
+
+
+@dataclass(frozen=True)
 class Choice:
     """Shapes that would do, the best first, each with its estimate. `priced`: whether every node that may take it has a
     price."""
@@ -54,6 +64,16 @@ def choose(
     asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, training: Training, fallback: bool
 ) -> Choice:
     """`fallback`: a kind that is not here gives way to what is. Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
+    found = candidates(asked, nodes, fallback)
+    offers = _offers(found.nodes)
+    way = replace(training, on_cpu=all(offer.kind == CPU for offer in offers))
+    ask = Ask(found.kinds, asked.mem_limit_gb, asked.num_gpus)
+    options = choose_shapes(model.config, way, ask, offers, model.parameters)
+    return Choice(tuple(options), found.warnings, found.priced)
+
+
+def candidates(asked: ResourceConfig, nodes: Sequence[Node], fallback: bool) -> Candidates:
+    """Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
     _refuse_many_nodes(asked)
     kinds = kinds_of(asked.gpu_type)
     if not nodes:
@@ -64,11 +84,7 @@ def choose(
         )
     nodes = _in_market(asked, _in_region(asked, nodes))
     fitting, warnings = _of_kinds(kinds, nodes, fallback)
-    offers = _offers(fitting)
-    way = replace(training, on_cpu=all(offer.kind == CPU for offer in offers))
-    ask = Ask(kinds, asked.mem_limit_gb, asked.num_gpus)
-    options = choose_shapes(model.config, way, ask, offers, model.parameters)
-    return Choice(tuple(options), warnings, priced=all(node.price_per_hour > 0 for node in fitting))
+    return Candidates(kinds, fitting, warnings, all(node.price_per_hour > 0 for node in fitting))
 
 
 def kinds_of(gpu_type: str | list[str] | None) -> tuple[str, ...]:

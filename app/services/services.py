@@ -9,6 +9,7 @@ from app.auth.permissions import Identity
 from app.services.access import Access, Caller
 from app.services.base_models import BaseModelService
 from app.services.cluster import ClusterService
+from app.services.code import CodeService
 from app.services.datasets import DatasetService
 from app.services.environments import EnvironmentService
 from app.services.events import EventService
@@ -35,6 +36,7 @@ class Services:
         self.events = EventService(parts)
         self.queue = QueueService(parts, line)
         self.datasets = DatasetService(parts)
+        self.code = CodeService(parts)
         self.environments = EnvironmentService(parts)
         self.models = ModelService(parts)
         self.base_models = BaseModelService(parts)

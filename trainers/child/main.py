@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from trainers.config import TrainConfig
+from trainers.config import TrainConfig, launcher_of
 from trainers.protocol import FD_VARIABLE, Message, pair
 
 
@@ -53,7 +53,7 @@ def _with_launcher(config: dict[str, Any]) -> int:
     """Plays the worker: every checkpoint counts as durable where it lies."""
     ours, theirs = pair()
     environment = {**os.environ, FD_VARIABLE: str(theirs.fileno())}
-    command = [sys.executable, "-m", "trainers.child.launcher"]
+    command = [sys.executable, "-m", launcher_of(config.get("method", ""))]
     child = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),), stdout=sys.stderr)
     theirs.close()
     ours.send("start", config=config)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import trainers
 from runtime_envs.sandbox.process import Prepared, exit_code, prepared
+from trainers.config import launcher_of
 from trainers.protocol import FD_VARIABLE, MARK_VARIABLE, Channel, pair
 from trainers.run.confinement import WRITABLE, Confinement, confinement, visible
 from trainers.run.parts import WorkerTask
 
 SHIPPED = ("__init__.py", "protocol.py", "config.py", "child")
-LAUNCHER = ("-m", "trainers.child.launcher")
 
 
 @dataclass
@@ -54,11 +54,12 @@ class Child:
 Spawn = Callable[[WorkerTask], Child]
 
 
-def spawn(task: WorkerTask, command: Sequence[str] = LAUNCHER) -> Child:
-    """`command`: the arguments of the tenant's Python. To be called from a thread that lives as long as the job: a
-    parent-death signal follows the thread."""
+def spawn(task: WorkerTask, command: Sequence[str] | None = None) -> Child:
+    """`command`: the arguments of the tenant's Python; None: the launcher of the task's method. To be called from a thread that
+    lives as long as the job: a parent-death signal follows the thread."""
     scratch = Path(task.scratch)
     code = ship_code(scratch / "code")
+    command = command or ("-m", launcher_of(task.config.get("method", "")))
     confined = confinement(task)
     ours, theirs = pair()
     reading, writing = os.pipe()

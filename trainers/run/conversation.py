@@ -181,7 +181,8 @@ class Conversation:
         if now - self._at.get("progress", 0.0) >= PROGRESS_S:
             self._at["progress"] = now
             what, done, total = record["what"][:200], record["done"], record["total"]
-            self.event("progress", f"{what}: {done} of {total} rows", {"what": what, "done": done, "total": total})
+            told = f"{done} of {total} rows" if total else f"{done}"
+            self.event("progress", f"{what}: {told}", {"what": what, "done": done, "total": total})
 
     def _ready(self, record: Record) -> None:
         self._at["ready"] = record["at"]
@@ -189,7 +190,8 @@ class Conversation:
         self.clock.go()
         self._since("load", record, "hello")
         self._move(JobState.RUNNING, "training")
-        self.event("ready", f"training {record['steps']} steps from step {record['start_step']}", self.ready)
+        planned = f"training {record['steps']} steps" if record["steps"] else "the script runs"
+        self.event("ready", f"{planned} from step {record['start_step']}", self.ready)
 
     def _evaluated(self, record: Record) -> None:
         data = {name: value for name, value in record.items() if name not in ("type", "at")}

@@ -23,6 +23,16 @@ class LastCheckpoint:
 
 
 @dataclass(frozen=True)
+class Script:
+    """What a job of method `custom` runs. `files` (name → sha256) lie under `prefix`; without code both are empty."""
+
+    entrypoint: list[str]
+    params: dict[str, Any]
+    prefix: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Assignment:
     """All that one attempt of a job needs. Prefixes are those of `cluster.storage`."""
 
@@ -58,6 +68,8 @@ class Assignment:
     metadata: dict[str, Any] = field(default_factory=dict)
     uid: int | None = None
     """The tenant's own user id, for sandboxes."""
+    script: Script | None = None
+    """Of method `custom`."""
 
 
 @dataclass(frozen=True)

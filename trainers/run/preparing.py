@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from cluster.errors import JobFailure
-from cluster.storage.objects import ObjectStore
+from cluster.storage.objects import ObjectStore, folder_sha256
 from trainers.config import TrainConfig
 from trainers.run.child_files import MANIFEST
 from trainers.run.parts import AgentHandle, DriverSettings, Report, WorkerTask
@@ -17,6 +17,7 @@ from trainers.run.ports import Assignment
 
 CPU = "cpu"
 TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.jsonl", "adapter", "resume", "out"
+PROGRAM = "program"
 """Below the scratch folder of the attempt."""
 
 T = TypeVar("T")
@@ -81,6 +82,8 @@ def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
         files |= _below(ADAPTER, assignment.adapter_prefix, weights_of(manifest))
     if assignment.checkpoint:
         files |= _below(RESUME, assignment.checkpoint.prefix, assignment.checkpoint.files)
+    if assignment.script:
+        files |= _below(PROGRAM, assignment.script.prefix, assignment.script.files)
     return files
 
 
@@ -104,6 +107,7 @@ def train_config(
     assignment: Assignment, settings: DriverSettings, base: str, scratch: str, threads: int
 ) -> TrainConfig:
     """What the child is told; only places below the scratch folder and the model's."""
+    script = assignment.script
     return TrainConfig(
         base_model=base,
         train_file=f"{scratch}/{TRAIN}",
@@ -123,11 +127,15 @@ def train_config(
         exact_match_rows=settings.exact_match_rows,
         memory_limit_gb=assignment.memory_limit_gb,
         metadata=lineage(assignment),
+        entrypoint=script.entrypoint if script else None,
+        code=f"{scratch}/{PROGRAM}" if script and script.files else None,
+        params=script.params if script else {},
     )
 
 
 def lineage(assignment: Assignment) -> dict[str, object]:
     """What a model version needs to be made again, beside its hyperparameters."""
+    script = assignment.script
     return {
         "job_id": assignment.job_id,
         "base_model": assignment.base_model_name,
@@ -137,4 +145,9 @@ def lineage(assignment: Assignment) -> dict[str, object]:
         "validation_sha256": assignment.validation_sha256,
         "environment": assignment.fingerprint,
         "output_model": assignment.output_model,
+        **(
+            {"entrypoint": script.entrypoint, "params": script.params, "code_sha256": folder_sha256(script.files)}
+            if script
+            else {}
+        ),
     }

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from app.cli.client import given
 from app.cli.command import command
-from app.cli.commands import watch
+from app.cli.commands import code, watch
 from app.cli.job_text import memory_line
 from app.cli.output import clean, pairs
 from app.cli.session import Session
@@ -42,13 +42,24 @@ class What:
     from_: Annotated[
         str | None, typer.Option("--from", metavar="VERSION", help="Go on from a tuned model.", rich_help_panel=MODEL)
     ] = None
-    method: Annotated[str | None, typer.Option(help="sft or dpo.", rich_help_panel=MODEL)] = None
+    method: Annotated[str | None, typer.Option(help="sft, dpo or custom.", rich_help_panel=MODEL)] = None
     training_type: Annotated[str | None, typer.Option(help="lora, qlora or full.", rich_help_panel=MODEL)] = None
     task: Annotated[str | None, typer.Option(help="causal_lm or sequence_classification.", rich_help_panel=MODEL)] = (
         None
     )
     hyper: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="For instance lr=3e-5.", rich_help_panel=MODEL)
+    ] = None
+    entrypoint: Annotated[
+        str | None,
+        typer.Option(metavar="'FILE.py …'", help="custom: what Python is started with.", rich_help_panel=MODEL),
+    ] = None
+    code: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|FILE|REF", help="custom: a folder or archive is uploaded.", rich_help_panel=MODEL),
+    ] = None
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="custom: for the script.", rich_help_panel=MODEL)
     ] = None
     output_model: Annotated[str | None, typer.Option(help="Name of the result.", rich_help_panel=MODEL)] = None
     suffix: Annotated[str | None, typer.Option(rich_help_panel=MODEL)] = None
@@ -95,6 +106,8 @@ def finetune(session: Session, how: How, what: What, where: Where) -> None:
         body["tenant_id"] = session.given.tenant
     _check(body)
     client = session.client()
+    if what.code is not None and Path(what.code).exists():
+        body["code"] = code.send(session, Path(what.code))["ref"]
     if how.dry_run:
         estimate = client.post("/finetune/estimate", body)
         session.out.show(estimate, lambda: _estimated(estimate))
@@ -137,7 +150,10 @@ def body_of(what: What, where: Where) -> dict[str, Any]:
         "dataset_id": what.dataset,
         "validation_dataset_id": what.validation_dataset,
         "validation_split": what.validation_split,
-        "method": what.method,
+        "method": what.method or ("custom" if what.entrypoint else None),
+        "entrypoint": what.entrypoint,
+        "code": what.code,
+        "params": {key: scalar(value) for key, value in assignments(what.param or [], "--param").items()} or None,
         "training_type": what.training_type,
         "task": what.task,
         "hyperparams": hyper or None,

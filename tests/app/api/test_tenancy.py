@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from builders_api import ROWS, Api, make_api, upload
+from builders_api import ROWS, Api, code_archive, make_api, upload, upload_code
 from builders_db import make_job
 from fastapi.routing import iter_route_contexts
 from joserfc import jwt
@@ -29,6 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /finetune": {"json": MINIMAL},
     "POST /finetune/estimate": {"json": MINIMAL},
     "POST /datasets": {"files": {"file": ("x.jsonl", ROWS)}},
+    "POST /code": {"files": {"file": ("x.tar.gz", code_archive())}},
     "POST /environments": {"json": {"spec": "name: x\n"}},
     "POST /environments/{ref}/update": {"json": {"add": ["six"]}},
     "PUT /models/{ref}/aliases/{alias}": {"json": {"version": 1}},
@@ -72,7 +73,8 @@ def objects(api: Api, client: httpx.Client) -> dict[str, str]:
         session.flush()
         version = {"id": "mv-acme", "model_id": model.id, "job_id": done.id, "tenant_id": "acme", "version": 1}
         session.add(ModelVersion(**version, kind="adapter", prefix="p", files={}, metrics={}, lineage={}))
-    return {"datasets": dataset, "environments": environment, "finetune": job, "models": "model-acme"}
+    code = upload_code(client).json()["id"]
+    return {"datasets": dataset, "code": code, "environments": environment, "finetune": job, "models": "model-acme"}
 
 
 def test_another_tenant_s_object_is_missing_on_every_route(api: Api) -> None:
@@ -94,7 +96,7 @@ def test_another_tenant_s_object_is_missing_on_every_route(api: Api) -> None:
             tried += 1
         assert tried >= 20
         assert acme.get(f"/finetune/{mine['finetune']}").json()["status"] == "queued"
-        for path in ("/finetune", "/models", "/environments", "/queue"):
+        for path in ("/finetune", "/models", "/code", "/environments", "/queue"):
             assert rival.get(path).json()["data"] == []
 
 
@@ -109,6 +111,9 @@ def test_another_tenant_s_objects_cannot_be_referred_to(api: Api) -> None:
         ):
             assert rival.post("/finetune", json=body).status_code == 404
         upload(rival)
+        script = {**MINIMAL, "method": "custom", "entrypoint": "train.py"}
+        assert acme.post("/finetune/estimate", json={**script, "code": mine["code"]}).status_code == 200
+        assert rival.post("/finetune", json={**script, "code": mine["code"]}).status_code == 404
         body = {**MINIMAL, "environment": mine["environments"]}
         assert rival.post("/finetune", json=body).status_code == 404
         answer = acme.get(f"/environments/{mine['environments']}", params={"against": "nope"})
@@ -249,6 +254,7 @@ def test_an_operator_s_scope_counts_for_base_models_too(api: Api) -> None:
 
 TENANTS_TABLES = (
     "datasets",
+    "code",
     "environments",
     "models",
     "model_versions",

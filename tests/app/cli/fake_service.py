@@ -173,6 +173,16 @@ def _data_routes(app: FastAPI, service: FakeService) -> None:
         service.bodies.append({**sent, "data": data})
         return dataset(str(sent["name"]), data)
 
+    @app.post("/api/v1/code")
+    async def upload_code(request: Request) -> Row:
+        async with request.form() as form:
+            sent = form["file"]
+            data = await sent.read()  # type: ignore[union-attr]
+            name = form.get("name") or sent.filename.split(".")[0]  # type: ignore[union-attr]
+        service.bodies.append({"name": form.get("name"), "filename": sent.filename, "data": data})  # type: ignore[union-attr]
+        made = {"id": "code-1", "ref": f"{name}@1", "file_count": 2, "bytes": 10, "sha256": "a" * 64, "created_at": 1}
+        return {**made, "files": None}
+
     @app.get("/api/v1/datasets/{id}/report")
     async def report(id: str) -> Row:
         return {"chars": {"min": 1, "p50": 2, "p95": 3, "max": 4}, "rows": 1, "bad_rows": []}
