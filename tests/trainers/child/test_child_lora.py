@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from trainers.child.lora import scale_early
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
