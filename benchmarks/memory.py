@@ -76,6 +76,7 @@ class Setting:
     packing: bool = True
     lora_r: int = 16
     validates: bool = False
+    checkpointing: bool = False
     bounded: bool = True
 
     def training(self) -> Training:
@@ -121,6 +122,9 @@ SETTINGS = [
     Setting("llama-30m", task="sequence_classification", packing=False, batch_size=4, micro_batch=4, seq_len=256),
     Setting("llama-38m", validates=True, seq_len=512, batch_size=1),
     Setting("qwen2-50m", precision="bf16", validates=True, seq_len=384, batch_size=2),
+    Setting("llama-38m", batch_size=1, seq_len=1536, checkpointing=True),
+    Setting("llama-38m", "full", "bf16", batch_size=1, seq_len=1024, checkpointing=True),
+    Setting("gpt2-34m", batch_size=1, seq_len=512, checkpointing=True),
 ]
 WITHOUT_LIMIT = [replace(SETTINGS[at], bounded=False) for at in (0, 1, 3, 5, 16, 18)]
 
@@ -184,6 +188,7 @@ def train(setting: Setting, folder: Path) -> int:
             lora_dropout=0.0,
             lr=1e-4,
             checkpoint_every_s=1e9,
+            gradient_checkpointing=setting.checkpointing,
             validation_file=str(Path(scratch) / "rows.jsonl") if setting.validates else None,
             memory_limit_gb=1000.0 if setting.bounded else None,
             **{name: getattr(setting, name) for name in ("training_type", "precision", "method", "task")},
@@ -241,6 +246,7 @@ def _row(one: dict[str, Any]) -> str:
     rows = one["micro_batch"] or ("packed" if one["packing"] else "auto")
     way = f"{one['method'] if one['task'] == 'causal_lm' else 'classify'} {one['training_type']} {one['precision']}"
     way += ", validated" if one["validates"] else ""
+    way += ", computed twice" if one["checkpointing"] else ""
     sizes = f"{one['seq_len']} | {one['batch_size']} | {rows}"
     figures = f"{one['measured_gb']:.3f} | {one['estimated_gb']:.2f} | {one['error']:+.1%} | {one['rule_gb']:.2f}"
     return f"| {one['model']} | {one['parameters_m']} | {way} | {sizes} | {figures} |"

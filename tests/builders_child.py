@@ -95,6 +95,9 @@ class Child:
     def steps(self) -> list[Message]:
         return [message for message in self.messages if message["type"] == "step"]
 
+    def of(self, type: str) -> list[Message]:
+        return [message for message in self.messages if message["type"] == type]
+
     @property
     def types(self) -> list[str]:
         return [message["type"] for message in self.messages]

@@ -1,7 +1,7 @@
 """What one training run is told: resolved hyperparameters and places. Standard library only; shipped with the child.
 
 The identity of a run is (this, the data, the seed, the world size, the threads per slot, the instruction set): the same identity
-gives the same numbers, bit for bit."""
+gives the same numbers, bit for bit. Another world size, and what shares out or saves memory, change their rounding only."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ class Hyperparams:
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    zero_stage: Optional[int] = None
+    """What several ranks share out among them (arXiv:1910.02054): 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
+    too. None: 2."""
+    offload: str = "none"
+    """What is kept in the host's memory and not in the GPU's: none, optimizer, or parameters (and the optimizer; ZeRO-3)."""
+    gradient_checkpointing: Optional[bool] = None
+    """A layer keeps its input only and is computed again for the backward pass. None: no."""
     seed: int = 42
     max_steps: Optional[int] = None
     eval_steps: Optional[int] = None
@@ -87,7 +94,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many durable checkpoints stay in `output_dir`."""
     resume_from: Optional[str] = None
-    """Folder of a checkpoint made by the same identity."""
+    """Folder of a checkpoint made by the same identity, by as many ranks or not."""
     exact_match_rows: int = 200
     """How many validation rows are answered greedily before and after; 0: none."""
     max_new_tokens: int = 64

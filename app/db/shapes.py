@@ -25,11 +25,13 @@ def _shape(one: Mapping[str, Any]) -> Shape:
 
 
 def settled(kept: Mapping[str, Any], granted: Mapping[str, Any] | None) -> dict[str, Any]:
-    """For a job that trains now: only the shapes with as many slots, on the kind that it was granted. Its numbers and its
-    checkpoints hold for this number of ranks alone."""
+    """For a job that trains now: what it was granted comes first from now on, then as many slots of another kind: with as many
+    ranks it gives the same numbers to the last bit. Its checkpoints hold for any number of them."""
     shapes = shapes_from_json(kept)
     if granted is None or len(shapes) == 1:
         return dict(kept)
-    alike = [shape for shape in shapes if shape.slots == granted["num_gpus"]]
-    same = [shape for shape in alike if not shape.kinds or granted["gpu_type"] in shape.kinds]
-    return shapes_to_json(same or alike or shapes)
+
+    def otherness(shape: Shape) -> tuple[bool, bool]:
+        return shape.slots != granted["num_gpus"], bool(shape.kinds) and granted["gpu_type"] not in shape.kinds
+
+    return shapes_to_json(sorted(shapes, key=otherness))

@@ -47,6 +47,13 @@ class Hyperparams(RequestBody):
     warmup_ratio: float | None = Field(None, ge=0, le=1)
     weight_decay: float | None = Field(None, ge=0, le=1)
     max_grad_norm: float | None = Field(None, gt=0, le=1000)
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="DeepSpeed, with several GPUs. Left out: what fits."
+    )
+    offload: Literal["none", "optimizer", "parameters"] | None = Field(None, description="From the GPU to the host.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Computes layers twice to keep less. Left out: where it would not fit otherwise."
+    )
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     eval_steps: int | None = Field(None, ge=1, le=10_000_000)

@@ -72,6 +72,10 @@ def refuse_what_changes_nothing(request: FinetuneRequest, way: Way) -> None:
         raise _idle("hyperparams.use_rslora", "training_type lora and qlora")
     if asked.early_stopping_patience is not None and not validates:
         raise _idle("hyperparams.early_stopping_patience", "a validation_dataset_id or a validation_split")
+    if asked.offload == "parameters" and asked.zero_stage not in (None, 3):
+        raise _conflict("hyperparams.zero_stage", "offload parameters is ZeRO-3, zero_stage says otherwise")
+    if way.training_type == "qlora" and (asked.zero_stage == 3 or asked.offload == "parameters"):
+        raise _conflict("hyperparams.zero_stage", "the 4-bit weights of qlora cannot be parted, which ZeRO-3 does")
     if request.validation_dataset_id is not None and request.validation_split is not None:
         raise _conflict("validation_split", "validation_dataset_id and validation_split both say what to validate on")
 

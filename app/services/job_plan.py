@@ -15,14 +15,14 @@ from app.db.repository import Repository
 from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
 from app.services.hyperparams import CLASSIFICATION, CUSTOM, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
-from app.services.resources import Choice, ModelFacts, choose
+from app.services.resources import Choice, ModelFacts, Wanted, choose
 from app.services.scripts import ScriptPlan, choose_room, plan_script
 from app.settings import Settings
 from cluster.core.kinds import CPU
 from cluster.errors import Conflict, InvalidRequest, NotFound
 from trainers.config import Hyperparams
 from trainers.run.architectures import read_shape
-from trainers.run.memory import Training
+from trainers.run.memory import Ask, Training
 
 MAX_AUTO_SEQ_LEN = 4096
 CHARS_PER_TOKEN = 4
@@ -81,7 +81,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     validation = request.validation_dataset_id
-    hyperparams = resolve(request, way)
+    asked, hyperparams = request.hyperparams, resolve(request, way)
     _check_split(hyperparams, dataset)
     training = Training(
         method=way.method,
@@ -92,12 +92,20 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
         validates=bool(validation or hyperparams.validation_split),
         seq_len=sequence_length(hyperparams, dataset.max_chars, base.config or {}),
         lora_r=hyperparams.lora_r,
+        zero_stage=3 if hyperparams.offload == "parameters" else 2 if asked.zero_stage is None else asked.zero_stage,
+        offload=hyperparams.offload,
+        checkpointing=bool(asked.gradient_checkpointing),
+    )
+    ours = Ask(
+        may_part=asked.zero_stage is None and way.training_type == "full",
+        may_recompute=asked.gradient_checkpointing is None,
     )
     facts = ModelFacts(base.config or {}, base.parameters)
     fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
-    choice = choose(request.resource_config, _nodes(session), facts, training, fallback)
-    choice = _without_idle_slots(hyperparams, _where_it_runs(way, choice))
+    choice = choose(request.resource_config, _nodes(session), facts, Wanted(training, ours), fallback)
+    choice = _without_idle_slots(hyperparams, _where_it_runs(way, hyperparams, choice))
     _check_budget(request, choice)
+    hyperparams = replace(hyperparams, zero_stage=choice.zero_stage, gradient_checkpointing=choice.recomputes)
     if not training.packs:
         hyperparams = replace(hyperparams, micro_batch_size=choice.micro_batch)
     return Plan(
@@ -295,11 +303,18 @@ def _check_split(hyperparams: Hyperparams, dataset: Dataset) -> None:
         )
 
 
-def _where_it_runs(way: Way, choice: Choice) -> Choice:
-    """4-bit weights need a GPU's kernels."""
-    if way.training_type != "qlora":
+def _where_it_runs(way: Way, hyperparams: Hyperparams, choice: Choice) -> Choice:
+    """4-bit weights need a GPU's kernels; and on `cpu` slots all is in the host's memory anyway."""
+    if way.training_type != "qlora" and hyperparams.offload == "none":
         return choice
     on_gpus = choice.only(lambda shape: CPU not in shape.kinds)
+    if not on_gpus.options and hyperparams.offload != "none":
+        raise InvalidRequest(
+            "offload moves what a GPU holds to the host, and this job would run on cpu slots",
+            code="invalid_value",
+            param="hyperparams.offload",
+            hint="Leave it out, or ask for a gpu_type that is here.",
+        )
     if not on_gpus.options:
         raise InvalidRequest(
             "qlora needs a GPU, and this job would run on cpu slots",

@@ -51,6 +51,16 @@ class Choice:
         return self.options[0][1]
 
     @property
+    def zero_stage(self) -> int:
+        """That of them which needs the highest."""
+        return max(estimate.zero_stage for _, estimate in self.options)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether one of them fits with gradient checkpointing only."""
+        return any(estimate.checkpointing for _, estimate in self.options)
+
+    @property
     def micro_batch(self) -> int:
         """Rows in one forward pass that every one of them has room for."""
         return min(estimate.micro_batch for _, estimate in self.options)
@@ -60,14 +70,20 @@ class Choice:
         return replace(self, options=tuple(option for option in self.options if fits(option[0])))
 
 
-def choose(
-    asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, training: Training, fallback: bool
-) -> Choice:
+@dataclass(frozen=True)
+class Wanted:
+    """How to train, and what of it is ours to change where it does not fit (`ask` says nothing else yet)."""
+
+    training: Training
+    ask: Ask
+
+
+def choose(asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, wanted: Wanted, fallback: bool) -> Choice:
     """`fallback`: a kind that is not here gives way to what is. Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
     found = candidates(asked, nodes, fallback)
     offers = _offers(found.nodes)
-    way = replace(training, on_cpu=all(offer.kind == CPU for offer in offers))
-    ask = Ask(found.kinds, asked.mem_limit_gb, asked.num_gpus)
+    way = replace(wanted.training, on_cpu=all(offer.kind == CPU for offer in offers))
+    ask = replace(wanted.ask, kinds=found.kinds, mem_limit_gb=asked.mem_limit_gb, slots=asked.num_gpus)
     options = choose_shapes(model.config, way, ask, offers, model.parameters)
     return Choice(tuple(options), found.warnings, found.priced)
 

@@ -7,32 +7,43 @@ import json
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from trainers.child.artifact import save_model
 from trainers.child.data import file_sha256
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure
-from trainers.child.folders import aside, flush, publish, total_bytes
+from trainers.child.folders import aside, publish, total_bytes
+from trainers.child.model import STATE_FILE
+from trainers.child.optimizer import Saved, write_state
+from trainers.child.parted import whole_weights
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
-FORMAT = 1
-STATE_FILE = "state.json"
+FORMAT = 2
+RANDOM_FILE = "random.pt"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. The rows of a step follow from its number. `evaluated_step`: the last one that was evaluated."""
+    """Where a run stands. The rows of a step follow from its number. `evaluated_step`: the last one that was evaluated.
+    `worlds`: [[after which step, so many ranks] …], one for each change."""
 
     step: int = 0
     evaluated_step: int = -1
     metrics: dict[str, Any] = field(default_factory=dict)
+    worlds: list[list[int]] = field(default_factory=list)
+
+    def continued_by(self, size: int) -> Position:
+        if self.worlds and self.worlds[-1][1] == size:
+            return self
+        return replace(self, worlds=[*self.worlds, [self.step, size]])
 
 
 @dataclass(frozen=True)
@@ -50,42 +61,49 @@ class Store:
     config: TrainConfig
     world: World
     identity: str
+    precision: str
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
     def write(self, position: Position, model: Any, engine: Engine) -> Written | None:
-        """Called by all ranks together; what was written, on rank 0."""
+        """Called by all ranks together; what was written, on rank 0, which puts all parts together."""
         target = self.folder / f"step-{position.step:08d}"
-        first = self.world.rank == 0
-        temporary = aside(target) if first else target.with_name(f".{target.name}.tmp")
+        temporary = aside(target) if self.world.rank == 0 else None
+        write_state(engine.state(), temporary)
+        weights = whole_weights(model, self.world)
+        random_states = self.world.gathered(_random_state(self.world))
+        written = None
+        if temporary is not None:
+            torch.save(random_states, temporary / RANDOM_FILE)
+            save_model(model, temporary, weights)
+            made_by = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
+            state = {**made_by, **asdict(position)}
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            hashes = publish(temporary, target)
+            written = Written(position.step, target, total_bytes(target), hashes)
         self.world.barrier()
-        own = temporary / f"rank-{self.world.rank:05d}.pt"
-        torch.save({"engine": engine.state(), "random": _random_state(self.world)}, own)
-        flush(own)
-        if first:
-            save_model(model, temporary)
-            state = {"format": FORMAT, "identity": self.identity, "world_size": self.world.size}
-            (temporary / STATE_FILE).write_text(json.dumps({**state, **asdict(position)}, indent=1), encoding="utf-8")
-        self.world.barrier()
-        hashes = publish(temporary, target) if first else {}
-        self.world.barrier()
-        return Written(position.step, target, total_bytes(target), hashes) if first else None
+        return written
 
     def read(self, folder: Path, engine: Engine) -> Position:
         """Restores engine and random generators; the weights are loaded already, since they lie there as a model does.
         Raises TrainFailure when the checkpoint is damaged or of another run."""
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            rank = torch.load(folder / f"rank-{self.world.rank:05d}.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _unreadable(folder, str(error)) from error
-        if (state.get("format"), state.get("identity")) != (FORMAT, self.identity):
-            raise _unreadable(folder, "it belongs to a run with other data, hyperparameters or world size")
-        engine.load_state(rank["engine"])
-        _restore_random(rank["random"])
-        return Position(state["step"], state["evaluated_step"], state["metrics"])
+            if (state.get("format"), state.get("identity")) != (FORMAT, self.identity):
+                raise _unreadable(folder, "it is of a run with other data or hyperparameters, or of another version")
+            random_states = torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True)
+            with Saved(folder) as saved:
+                engine.load_state(saved)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
+        position = Position(state["step"], state["evaluated_step"], state["metrics"], state["worlds"])
+        if len(random_states) == self.world.size:
+            _restore_random(random_states[self.world.rank])
+        else:
+            _draw_anew(self.config.hyperparams.seed, position.step, self.world.rank)
+        return position.continued_by(self.world.size)
 
     def prune(self, durable: int) -> None:
         """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay."""
@@ -99,15 +117,18 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+ROUNDING_ONLY = ("micro_batch_size", "zero_stage", "offload", "gradient_checkpointing")
+"""Hyperparameters with which a run may go on that was short of memory, or has other slots now."""
+
+
 def identity_of(config: TrainConfig, precision: str) -> str:
-    """A digest of what makes the numbers of a run. Threads and processor belong to it too, but a checkpoint may move; the
-    micro-batch changes rounding only, and a run that was short of memory goes on with a smaller one."""
-    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key != "micro_batch_size"}
+    """A digest of what makes the numbers of a run, up to rounding. Threads, processor and the number of ranks belong to it too,
+    but a checkpoint may move."""
+    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key not in ROUNDING_ONLY}
     parts = {
         "data": file_sha256(Path(config.train_file)),
         "hyperparams": hyper,
         "method": [config.method, config.training_type, precision],
-        "world_size": config.world_size,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -129,6 +150,14 @@ def _random_state(world: World) -> dict[str, Any]:
     if world.device != "cpu":
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _draw_anew(seed: int, step: int, rank: int) -> None:
+    """The generators of ranks that are more or fewer than they were: what is drawn from now on (dropout) is another draw."""
+    drawn = random.Random(f"{seed}/{step}/{rank}")
+    random.seed(drawn.getrandbits(64))
+    np.random.seed(drawn.getrandbits(32))
+    torch.manual_seed(drawn.getrandbits(63))
 
 
 def _restore_random(state: dict[str, Any]) -> None:

@@ -1,18 +1,21 @@
-"""One optimizer step, two ways: a plain loop for one rank, DeepSpeed ZeRO-2 for more. The recipe sees no difference."""
+"""One optimizer step, two ways: a plain loop in which each rank holds everything, or DeepSpeed ZeRO. The recipe sees no
+difference, and neither does a checkpoint."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
-from trainers.child.deepspeed_config import deepspeed_config
+from trainers.child.deepspeed_config import BUCKET, zero_stage
 from trainers.child.loss import SummedLoss
+from trainers.child.optimizer import MOMENTS, Named, Saved, adamw, trained
 from trainers.child.world import World
+from trainers.child.zero import ZeroEngine
 from trainers.config import Hyperparams, TrainConfig
-
-State = dict[str, Any]
 
 
 class Engine(Protocol):
@@ -25,40 +28,55 @@ class Engine(Protocol):
         they are or not: the run has failed."""
         ...
 
-    def state(self) -> State:
-        """This rank's optimizer state, tensors and plain values only."""
+    def state(self) -> Iterator[Named]:
+        """The optimizer's whole state, by the names of `trainers.child.optimizer`, one tensor at a time. All ranks iterate
+        together; rank 0's tensors are the ones to keep."""
         ...
 
-    def load_state(self, state: State) -> None: ...
+    def load_state(self, saved: Saved) -> None:
+        """What any engine with any number of ranks has saved; each rank takes its part."""
+        ...
 
 
 def make_engine(loss: SummedLoss, config: TrainConfig, world: World, micro_batch_size: int) -> Engine:
-    if world.size == 1:
-        return PlainEngine(loss, config.hyperparams)
+    if zero_stage(config) == 0:
+        return PlainEngine(loss, config.hyperparams, world)
     return ZeroEngine(loss, config, world, micro_batch_size)
 
 
-def _adamw(parameters: list[torch.Tensor], hyper: Hyperparams) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=hyper.lr, weight_decay=hyper.weight_decay, fused=True)
+@dataclass(frozen=True)
+class _Trained:
+    """`master`: what the optimizer updates, in fp32; the parameter itself where it is that."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    master: torch.Tensor
+
+    @property
+    def copied(self) -> bool:
+        return self.master is not self.parameter
 
 
 class PlainEngine:
-    """AdamW over fp32 masters; a parameter that is fp32 already is its own master."""
+    """AdamW over fp32 masters; a parameter that is fp32 already is its own master. Several ranks add up their gradients."""
 
-    def __init__(self, loss: SummedLoss, hyper: Hyperparams) -> None:
-        self._parameters = [p for p in loss.parameters() if p.requires_grad]
-        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
-        self._optimizer = _adamw(self._masters, hyper)
+    def __init__(self, loss: SummedLoss, hyper: Hyperparams, world: World) -> None:
+        self._trained = [_Trained(name, p, _master(p, hyper)) for name, p in trained(loss)]
+        self._masters = [one.master for one in self._trained]
+        self._optimizer = adamw(self._masters, hyper)
         self._max_norm = hyper.max_grad_norm
+        self._world = world
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
+        for one in self._trained:
+            if one.copied:
+                gradient, one.parameter.grad = one.parameter.grad, None
+                one.master.grad = None if gradient is None else gradient.to(one.master.device, torch.float32)
+        if self._world.size > 1:
+            _add_up(self._masters, self._world.device)
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self._max_norm)
         if torch.isfinite(norm):
             self._update(lr)
@@ -70,67 +88,52 @@ class PlainEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for parameter, master in zip(self._parameters, self._masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
+            for one in self._trained:
+                if one.copied:
+                    one.parameter.copy_(one.master)
 
-    def state(self) -> State:
-        masters = [None if m is p else m for p, m in zip(self._parameters, self._masters, strict=True)]
-        return {"optimizer": self._optimizer.state_dict(), "masters": masters}
+    def state(self) -> Iterator[Named]:
+        """Nothing of a parameter that never had a gradient."""
+        for one in self._trained:
+            if one.copied:
+                yield f"master/{one.name}", one.master
+            for key, value in self._optimizer.state[one.master].items() if one.master in self._optimizer.state else ():
+                yield f"{key}/{one.name}", value
 
-    def load_state(self, state: State) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        _copy_all(self._masters, state["masters"])
-
-
-class ZeroEngine:
-    """ZeRO-2: each rank holds the optimizer state and the masters of its part of the parameters."""
-
-    def __init__(self, loss: SummedLoss, config: TrainConfig, world: World, micro_batch_size: int) -> None:
-        deepspeed = load_deepspeed(config.devices)
-        trainable = [p for p in loss.parameters() if p.requires_grad]
-        self._world = world
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=loss,
-            optimizer=_adamw(trainable, config.hyperparams),
-            config=deepspeed_config(config, micro_batch_size, bf16=trainable[0].dtype == torch.bfloat16),
-            dist_init_required=False,
-        )
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed takes the mean over the ranks; the parts are meant to be summed
-        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
-
-    def step(self, lr: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
-
-    def state(self) -> State:
-        """Not DeepSpeed's own format, which pickles objects: the two things that make up the state."""
-        return {
-            "optimizer": self._optimizer.optimizer.state_dict(),
-            "masters": list(self._optimizer.single_partition_of_fp32_groups),
-        }
-
-    def load_state(self, state: State) -> None:
-        self._optimizer.optimizer.load_state_dict(state["optimizer"])
-        _copy_all(self._optimizer.single_partition_of_fp32_groups, state["masters"])
+    def load_state(self, saved: Saved) -> None:
+        for one in self._trained:
+            if f"step/{one.name}" in saved:
+                self._optimizer.state[one.master] = {
+                    key: saved.read(f"{key}/{one.name}").to(one.master.device) for key in ("step", *MOMENTS)
+                }
+            if one.copied:
+                one.master.copy_(saved.read(f"master/{one.name}"))
 
 
-def load_deepspeed(devices: str) -> Any:
-    """Imports DeepSpeed, and tells it not to compile its shared-memory op (minutes, and a compiler)."""
-    deepspeed = importlib.import_module("deepspeed")
-    ops = importlib.import_module("deepspeed.ops")
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if devices == "cuda" else "gloo", verbose=False)
-    return deepspeed
+def _master(parameter: torch.Tensor, hyper: Hyperparams) -> torch.Tensor:
+    device = parameter.device if hyper.offload == "none" else torch.device("cpu")
+    if (parameter.dtype, parameter.device) == (torch.float32, device):
+        return parameter
+    return parameter.detach().to(device, torch.float32)
 
 
-def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor | None]) -> None:
-    with torch.no_grad():
-        for target, source in zip(targets, sources, strict=True):
-            if source is not None:
-                target.copy_(source)
+def _add_up(masters: Sequence[torch.Tensor], device: str) -> None:
+    """Gradients over all ranks, many at a time. One that a rank has none of, as of an expert that saw no token, counts as 0."""
+    for bucket in _buckets(masters):
+        gradients = [torch.zeros_like(master) if master.grad is None else master.grad for master in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).to(device)
+        dist.all_reduce(flat)
+        parts = flat.to(gradients[0].device).split([master.numel() for master in bucket])
+        for master, part in zip(bucket, parts, strict=True):
+            master.grad = part.view_as(master)
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(one.numel() for one in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

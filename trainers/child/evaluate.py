@@ -16,6 +16,7 @@ from trainers.child.data import IGNORED, TOKENS_PER_FORWARD, Encoded, Example, e
 from trainers.child.loss import SummedLoss
 from trainers.child.model import Loaded
 from trainers.child.packing import PACKED_TOKENS
+from trainers.child.parted import is_parted
 from trainers.child.render import Row, question
 from trainers.child.world import World
 from trainers.config import TrainConfig
@@ -78,7 +79,8 @@ def _ends(rows: Sequence[Row], loaded: Loaded) -> list[int]:
 
 
 class Evaluator:
-    """Leaves the model in training mode and draws no random number."""
+    """Leaves the model in training mode and draws no random number. Ranks with parts of the weights answer `_together`: each asks
+    the others for its part of a layer, also when it has nothing left to answer itself."""
 
     def __init__(self, loss: SummedLoss, loaded: Loaded, config: TrainConfig, world: World, control: Control) -> None:
         self._loss = loss
@@ -86,6 +88,7 @@ class Evaluator:
         self._config = config
         self._world = world
         self._control = control
+        self._together = world.size > 1 and any(is_parted(weight) for weight in loaded.model.parameters())
 
     @torch.no_grad()
     def run(self, validation: Validation) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Evaluator:
         return self._world.sum(right)[0] / len(ordered)
 
     def _samples(self, validation: Validation) -> list[dict[str, str]]:
-        if self._world.rank != 0:
+        if self._world.rank != 0 and not self._together:
             return []
         shown = validation.asked[: self._config.sample_rows]
         answers = self._answers(shown, validation.ends, self._config.max_new_tokens)
@@ -140,11 +143,11 @@ class Evaluator:
 
     def _answers(self, asked: Sequence[Asked], ends: list[int], limit: int) -> list[str]:
         """Greedy answers of at most `limit` tokens, stripped."""
-        if not asked:
+        if not asked and not self._together:
             return []
-        pad, width = self._tokenizer.pad_token_id, max(len(one.ids) for one in asked)
-        ids = torch.tensor([[pad] * (width - len(one.ids)) + one.ids for one in asked])
-        mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in asked])
+        pad, width = self._tokenizer.pad_token_id, max((len(one.ids) for one in asked), default=1)
+        ids = torch.tensor([[pad] * (width - len(one.ids)) + one.ids for one in asked] or [[pad]])
+        mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in asked] or [[1]])
         out = self._loss.model.generate(
             input_ids=ids.to(self._world.device),
             attention_mask=mask.to(self._world.device),
@@ -154,6 +157,7 @@ class Evaluator:
                 pad_token_id=pad,
                 eos_token_id=ends or None,
             ),
+            synced_gpus=self._together,
         )
-        texts = self._tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)[: len(asked)]
         return [text.strip().removesuffix(TURN_END).strip() for text in texts]

@@ -20,6 +20,7 @@ from trainers.child.model import (
     resolve_precision,
     weights_folder,
 )
+from trainers.child.parted import parted_loading
 from trainers.child.rows import count_long
 from trainers.config import Hyperparams, TrainConfig
 
@@ -105,11 +106,12 @@ def load_classifier(config: TrainConfig, names: Sequence[str], device: str) -> L
     precision = resolve_precision(config)
     full = config.training_type == "full"
     torch.manual_seed(config.hyperparams.seed)  # the same head on every rank
-    model, found = load_weights(
-        weights_folder(config), precision, AutoModelForSequenceClassification,
-        id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)},
-        ignore_mismatched_sizes=not config.resume_from, output_loading_info=True, **quantized(config, device),
-    )  # fmt: skip
+    with parted_loading(config, precision):
+        model, found = load_weights(
+            weights_folder(config), precision, AutoModelForSequenceClassification,
+            id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)},
+            ignore_mismatched_sizes=not config.resume_from, output_loading_info=True, **quantized(config, device),
+        )  # fmt: skip
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.training_type != "qlora":
         model.to(device)

@@ -17,7 +17,9 @@ PROBE = (Example([1, 2, 3, 4, 5, 6], []), Example([1, 2, 3, 7, 8, 9, 10, 11], []
 
 
 class SummedLoss(torch.nn.Module):
-    """forward(piece) → the sum over all loss tokens; the caller divides by the number of them in the whole batch."""
+    """forward(piece) → the sum over all loss tokens; the caller divides by the number of them in the whole batch.
+    forward(piece, rows) → [rows], each the sum over its loss tokens. Always by a call of the module, which tells DeepSpeed where a
+    forward pass begins."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -56,12 +58,10 @@ class SummedLoss(torch.nn.Module):
         """One row alone needs no mask of ours: attention then skips what lies ahead of a token."""
         return packed(examples, share=self._shares) if self.packs and len(examples) > 1 else padded(examples, pad)
 
-    def forward(self, piece: Piece) -> torch.Tensor:
-        return self._token_losses(piece).sum()
-
-    def row_losses(self, piece: Piece, rows: int) -> torch.Tensor:
-        """[rows], each the sum over its loss tokens."""
+    def forward(self, piece: Piece, rows: Optional[int] = None) -> torch.Tensor:
         losses = self._token_losses(piece)
+        if rows is None:
+            return losses.sum()
         if not piece.rows:
             return losses.new_zeros(rows) + losses
         return losses.new_zeros(rows).index_add(
@@ -75,14 +75,14 @@ class SummedLoss(torch.nn.Module):
             torch.tensor(one, dtype=torch.long, device=device) for one in (piece.sources, piece.targets)
         )
         if self.splits:
-            hidden = self._hidden(piece)
+            hidden, head = self._hidden(piece), self._base().get_output_embeddings()
             if piece.sources:
-                return token_losses(hidden[sources], self._base().get_output_embeddings(), targets)
-        else:
-            hidden = self._logits(piece)
-            if piece.sources:
-                return F.cross_entropy(hidden[sources].float(), targets, reduction="none")
-        return hidden.float().sum()[None] * 0.0  # keeps every parameter in the graph
+                return token_losses(hidden[sources], head, targets)
+            return token_losses(hidden[:1], head, targets.new_zeros(1)) * 0.0  # runs every layer, as the other ranks do
+        logits = self._logits(piece)
+        if piece.sources:
+            return F.cross_entropy(logits[sources].float(), targets, reduction="none")
+        return logits.float().sum()[None] * 0.0
 
     def _hidden(self, piece: Piece) -> torch.Tensor:
         """[places, hidden] from the model without its head."""

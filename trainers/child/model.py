@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,17 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainers.child.deepspeed_config import zero_stage
 from trainers.child.failure import TrainFailure
 from trainers.child.lora import scale_early
+from trainers.child.parted import numel, parted_loading, put_together
 from trainers.child.render import CHATML
 from trainers.config import TrainConfig
 
 log = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+"""Of a checkpoint: where the run stood, and how it was trained."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,30 @@ class Loaded:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def count(self, *, trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or not trainable)
+        return sum(numel(p) for p in self.model.parameters() if p.requires_grad or not trainable)
 
 
 def resolve_precision(config: TrainConfig) -> str:
+    """A run that resumes on slots of another kind keeps the precision that it began with."""
     if config.precision != "auto":
         return config.precision
+    if (begun := _begun_with(config)) is not None:
+        return begun
     if config.devices == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def _begun_with(config: TrainConfig) -> str | None:
+    """None where there is no checkpoint, or none that can be read; who resumes from that says so."""
+    if config.resume_from is None:
+        return None
+    try:
+        state = json.loads((Path(config.resume_from) / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state.get("precision") if isinstance(state, dict) else None
 
 
 def load(config: TrainConfig, device: str) -> Loaded:
@@ -53,7 +73,8 @@ def load(config: TrainConfig, device: str) -> Loaded:
     drawn from the seed. Raises TrainFailure."""
     precision = resolve_precision(config)
     tokenizer, template_added = load_tokenizer(config.base_model)
-    model = load_weights(weights_folder(config), precision, **quantized(config, device))
+    with parted_loading(config, precision):
+        model = load_weights(weights_folder(config), precision, **quantized(config, device))
     if config.training_type != "qlora":  # which is where it belongs already
         model.to(device)
     return Loaded(adapt(model, config), tokenizer, precision, template_added)
@@ -73,7 +94,23 @@ def _is_adapter(folder: Path) -> bool:
 
 def adapt(model: Any, config: TrainConfig, **lora: Any) -> Any:
     """With what is to be trained: an adapter (`lora`: more fields of its configuration), or all weights."""
-    return _full(model, config) if config.training_type == "full" else scale_early(_lora(model, config, **lora))
+    adapted = _full(model, config) if config.training_type == "full" else scale_early(_lora(model, config, **lora))
+    if config.hyperparams.gradient_checkpointing:
+        _recompute(adapted, parted=zero_stage(config) == 3)
+    return adapted
+
+
+def _recompute(model: Any, parted: bool) -> None:
+    """Each layer keeps its input only (arXiv:1604.06174). What is saved of parted weights is empty when a layer is computed again,
+    which only torch's older way bears; that one needs an input with a gradient."""
+    if not model.supports_gradient_checkpointing:
+        message = "gradient_checkpointing does not work with this model: its layers cannot be computed again."
+        raise TrainFailure("gradient_checkpointing_unsupported", message, hint="Leave gradient_checkpointing out.")
+    # the method's name changed in transformers 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": parted})
+    if parted:
+        model.enable_input_require_grads()
 
 
 def load_tokenizer(folder: str) -> tuple[Any, bool]:
@@ -156,5 +193,6 @@ def _lora(model: Any, config: TrainConfig, **more: Any) -> Any:
 
 def _full(model: Any, config: TrainConfig) -> Any:
     if config.adapter and not config.resume_from and _is_adapter(Path(config.adapter)):
-        model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
+        with put_together(model):
+            model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
     return model.requires_grad_(True)

@@ -19,6 +19,7 @@ from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure, describe, is_memory
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import Loaded
+from trainers.child.parted import whole_weights
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -87,7 +88,8 @@ class Session:
     def open(self) -> None:
         """Stands where the checkpoint says, or at the start. Raises TrainFailure."""
         config = self.place.config
-        self.store = Store(config, self.place.world, identity_of(config, self.loaded.precision))
+        self.store = Store(config, self.place.world, identity_of(config, self.loaded.precision), self.loaded.precision)
+        self.position = self.position.continued_by(self.place.world.size)
         if config.resume_from:
             self.position = self.store.read(Path(config.resume_from), self.engine)
         self.place.control.attach(Actions(self._save, self.store.prune), self.position.step)
@@ -199,6 +201,7 @@ class Session:
             rows=facts.rows,
             threads=torch.get_num_threads(),
             precision=self.loaded.precision,
+            worlds=self.position.worlds,
         )
         control.state = "training"
 
@@ -209,8 +212,9 @@ class Session:
             control.emit("log", level="info", message=f"Stopped early after step {self.position.step}: {best}.")
         control.state = "finishing"
         control.close()
+        weights = whole_weights(self.loaded.model, world)
         if world.rank == 0:
-            folder, hashes = write_artifact(self.loaded, self.place.config, self.position.metrics)
+            folder, hashes = write_artifact(self.loaded, self.place.config, self.position.metrics, weights)
             control.state = "finished"
             done = {"artifact": str(folder), "sha256": hashes, "metrics": self.position.metrics}
             control.emit("finished", step=self.position.step, **done)

@@ -35,6 +35,14 @@ class World:
         dist.broadcast(tensor, src=0, group=self.group)
         return int(tensor)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, on rank 0; elsewhere nothing."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, found or None, dst=0, group=self.group)
+        return found
+
     def barrier(self) -> None:
         self.from_first(0)
 

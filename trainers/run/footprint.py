@@ -83,6 +83,11 @@ class Training:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def parted(self) -> bool:
+        """Whether a slot has a part of the weights only."""
+        return self.offload == "parameters" or (self.zero_stage >= 3 and self.slots > 1)
+
+    @property
     def adapts(self) -> bool:
         return self.training_type != "full"
 
@@ -105,7 +110,7 @@ def footprint(shape: ModelShape, training: Training) -> dict[str, int]:
         "optimizer": _optimizer(shape, training),
         "context": CPU_RUNTIME_BYTES if training.on_cpu else CUDA_CONTEXT_BYTES,
     }
-    if training.slots > 1:
+    if training.slots > 1 or training.parted:
         steady["buffers"] = _buffers(shape, training)
     if training.on_cpu and not training.bounded:
         steady["allocator"] = int(HELD_BACK * (peak["activations"] + peak["workspace"]))
@@ -142,14 +147,15 @@ def _packs(shape: ModelShape, training: Training) -> bool:
 def _moments(shape: ModelShape, training: Training) -> list[dict[str, int]]:
     tokens, gradients = tokens_per_pass(shape, training), _gradients(shape, training)
     kept, layer_work = _activations(shape, training, tokens), _layer_work(shape, training, tokens)
+    again = _one_layer(shape, training, tokens) if training.checkpointing else 0
     several = _passes(shape, training, tokens) > 1
     first = 0 if training.adapts else min(gradients, _head_bytes(shape, training))
     logits, head_work = _head(shape, training, tokens)
     before = gradients if several or training.adapts else 0
     return [
         _parts(before, kept, logits, head_work),
-        _parts(max(before, first), kept, logits, layer_work),
-        _parts(gradients, kept // shape.layers, 0, layer_work + first),
+        _parts(max(before, first), kept + again, logits, layer_work),
+        _parts(gradients, kept // shape.layers + again, 0, layer_work + first),
         _update(shape, training),
         *([_evaluation(shape, training)] if training.validates else []),
     ]
@@ -211,20 +217,23 @@ def _update(shape: ModelShape, training: Training) -> dict[str, int]:
 
 def _buffers(shape: ModelShape, training: Training) -> int:
     layer = sum(one.inputs * one.outputs for one in shape.linears)
-    if training.zero_stage >= 3:  # gathered: two layers, and the embeddings
-        return (2 * layer + shape.embeddings) * training.width
     used = min(BUCKET, trainable(shape, training)) if training.on_cpu else BUCKET
-    return used * training.width
+    gathered = 2 * layer + shape.embeddings if training.parted else 0
+    return (used + gathered) * training.width
 
 
 def _activations(shape: ModelShape, training: Training, tokens: int) -> int:
-    per_layer = _kept_per_token(shape, training, tokens // max(1, tokens // training.seq_len))
+    """What a forward pass leaves."""
     ends = 4 * shape.hidden + (0 if training.adapts else 2 * training.width * shape.hidden)
     mask = tokens * tokens * (training.width + 1) if _packs(shape, training) else 0
-    layers = per_layer * shape.layers
-    if training.checkpointing:
-        layers = training.width * shape.hidden * shape.layers + per_layer
-    return tokens * (layers + ends) + mask
+    inputs = tokens * training.width * shape.hidden
+    each = inputs if training.checkpointing else _one_layer(shape, training, tokens)
+    return shape.layers * each + tokens * ends + mask
+
+
+def _one_layer(shape: ModelShape, training: Training, tokens: int) -> int:
+    """What its backward pass reads."""
+    return tokens * _kept_per_token(shape, training, tokens // max(1, tokens // training.seq_len))
 
 
 def _kept_per_token(shape: ModelShape, training: Training, length: int) -> int:
@@ -283,7 +292,7 @@ def _head(shape: ModelShape, training: Training, tokens: int) -> tuple[int, int]
     if training.task == "sequence_classification" or not shape.causal:
         return 0, 0
     width, logits = training.width, tokens * shape.vocabulary
-    if shape.layer.scores == "capped":  # these logits are capped too, so that they exist whole
+    if shape.layer.scores == "capped" or training.parted:  # logits that are capped too, or a parted head's, exist whole
         return logits * (4 + width), logits * (8 + 2 * width)
     chunk = 8 * min(HEAD_CHUNK, logits)
     kept = tokens * shape.hidden * width * (1 if training.adapts else 2)

@@ -41,6 +41,8 @@ class Estimate:
     slots: int
     micro_batch: int = 1
     """Rows of one forward pass; where rows are packed it is not ours to choose."""
+    zero_stage: int = 2
+    checkpointing: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The memory part of a job's `estimate`."""
@@ -53,6 +55,8 @@ class Estimate:
             "trainable_parameters": self.trainable_parameters,
             "slots": self.slots,
             "micro_batch": self.micro_batch,
+            "zero_stage": self.zero_stage if self.slots > 1 else 0,
+            "gradient_checkpointing": self.checkpointing,
         }
 
 
@@ -82,7 +86,8 @@ def estimate(config: Mapping[str, Any], training: Training, parameters: int | No
 def _by_rule(count: int, training: Training) -> Estimate:
     whole = int(count * 4 * 2.5) // training.slots
     total = rule_gb(count) / training.slots
-    return Estimate({"rule": whole}, round(total, 2), rule_gb(count), "rule", count, count, training.slots)
+    made = Estimate({"rule": whole}, round(total, 2), rule_gb(count), "rule", count, count, training.slots)
+    return replace(made, zero_stage=training.zero_stage, checkpointing=training.checkpointing)
 
 
 def _by_model(shape: ModelShape, training: Training) -> Estimate:
@@ -90,7 +95,16 @@ def _by_model(shape: ModelShape, training: Training) -> Estimate:
     gb = round(sum(parts.values()) * MARGIN / GIB, 2)
     count = total(shape, training)
     return Estimate(
-        parts, gb, rule_gb(count), "model", count, trainable(shape, training), training.slots, training.micro_batch
+        parts,
+        gb,
+        rule_gb(count),
+        "model",
+        count,
+        trainable(shape, training),
+        training.slots,
+        training.micro_batch,
+        training.zero_stage,
+        training.checkpointing,
     )
 
 
@@ -106,11 +120,14 @@ class Offer:
 @dataclass(frozen=True)
 class Ask:
     """What the request says. `kinds` in the order of preference (empty: any); `mem_limit_gb` per slot, never a minimum;
-    `slots` None: the smallest number that fits."""
+    `slots` None: the smallest number that fits. `may_part`, `may_recompute`: ZeRO-3, gradient checkpointing, where the training
+    does not fit otherwise."""
 
     kinds: tuple[str, ...] = ()
     mem_limit_gb: float | None = None
     slots: int | None = None
+    may_part: bool = False
+    may_recompute: bool = False
 
 
 def choose_shapes(
@@ -120,24 +137,26 @@ def choose_shapes(
     offers: Sequence[Offer],
     parameters: int | None = None,
 ) -> list[tuple[Shape, Estimate]]:
-    """Of each kind the smallest number of slots that fits, with as many rows in a pass as fit then, and its estimate. As
-    `ask.kinds` prefers, then the fewer slots the better; kinds that are equally good share a shape. `offers` are those that
-    match `ask.kinds`.
+    """Of each kind the smallest number of slots that fits, in the fastest way that fits then, with as many rows in a pass as
+    have room, and its estimate. As `ask.kinds` prefers, then the fewer slots the better; kinds that are equally good share a
+    shape. `offers` are those that match `ask.kinds`.
     Raises `ResourceError`: `memory_limit_too_small`, `does_not_fit`."""
     training = replace(training, bounded=ask.mem_limit_gb is not None)
-    needed = [_estimate_for(config, training, slots, parameters) for slots in _counts(ask, offers)]
-    within = [one for one in needed if ask.mem_limit_gb is None or one.total_gb <= ask.mem_limit_gb]
+    ways = [way for slots in _counts(ask, offers) for way in _ways(replace(training, slots=slots), ask)]
+    needed = [(estimate(config, way, parameters), way) for way in ways]
+    within = [one for one in needed if ask.mem_limit_gb is None or one[0].total_gb <= ask.mem_limit_gb]
     if needed and not within:
-        raise _limit_too_small(needed, ask)
-    groups: dict[tuple[int, int, int], tuple[Estimate, list[str]]] = {}
+        raise _limit_too_small(_least(needed), ask)
+    groups: dict[tuple[int, ...], tuple[Estimate, list[str]]] = {}
     for offer in offers:
-        one = next((one for one in within if _fits(one, offer)), None)
-        if one is not None:
-            one = most_rows(config, replace(training, slots=one.slots), _room(ask, offer), parameters)
-            _, kinds = groups.setdefault((_preference(offer, ask), one.slots, -one.micro_batch), (one, []))
+        way = next((way for one, way in within if _fits(one, offer)), None)
+        if way is not None:
+            one = most_rows(config, way, _room(ask, offer), parameters)
+            order = (_preference(offer, ask), one.slots, one.zero_stage, one.checkpointing, -one.micro_batch)
+            _, kinds = groups.setdefault(order, (one, []))
             kinds.append(offer.kind)
     if not groups:
-        raise _does_not_fit(needed, ask, offers)
+        raise _does_not_fit(_least(needed), ask, offers)
     return [(_shape(one, kinds, training), one) for _, (one, kinds) in sorted(groups.items(), key=lambda item: item[0])]
 
 
@@ -197,8 +216,21 @@ def _counts(ask: Ask, offers: Sequence[Offer]) -> list[int]:
     return [count for count in (1, 2, 4, 8, 16) if count <= most]
 
 
-def _estimate_for(config: Mapping[str, Any], training: Training, slots: int, parameters: int | None) -> Estimate:
-    return estimate(config, replace(training, slots=slots), parameters)
+def _ways(training: Training, ask: Ask) -> list[Training]:
+    """The fastest first: layers that are computed twice cost a third more time, weights that travel for each layer often more."""
+    stages = [training.zero_stage, *([3] if ask.may_part and training.slots > 1 else [])]
+    twice = [training.checkpointing, *([True] if ask.may_recompute else [])]
+    return [
+        replace(training, zero_stage=stage, checkpointing=again) for stage in dict.fromkeys(stages) for again in twice
+    ]
+
+
+def _least(needed: Sequence[tuple[Estimate, Training]]) -> list[Estimate]:
+    """With each number of slots the way that needs least."""
+    least: dict[int, Estimate] = {}
+    for one, _ in needed:
+        least[one.slots] = min(one, least.get(one.slots, one), key=lambda either: either.total_gb)
+    return list(least.values())
 
 
 def _fits(one: Estimate, offer: Offer) -> bool:

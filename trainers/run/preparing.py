@@ -89,7 +89,8 @@ def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
 
 def weights_of(files: dict[str, str]) -> dict[str, str]:
     """Of a checkpoint without what only the run that wrote it can use: optimizer states and the position."""
-    return {name: sha256 for name, sha256 in files.items() if name != "state.json" and not name.startswith("rank-")}
+    of_the_run = ("state.json", "random.pt", "optimizer-", "rank-")
+    return {name: sha256 for name, sha256 in files.items() if not name.startswith(of_the_run)}
 
 
 def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:

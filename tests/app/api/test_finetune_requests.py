@@ -102,6 +102,16 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"hyperparams": {"lr": 1e-3, "learning_rate": 1e-4}}, 422, "invalid_value", "hyperparams.learning_rate"),
     ({"hyperparams": {"early_stopping_patience": 2}}, 422, "invalid_value", "hyperparams.early_stopping_patience"),
     ({"hyperparams": {"use_rslora": True}, "training_type": "full"}, 422, "invalid_value", "hyperparams.use_rslora"),
+    ({"hyperparams": {"zero_stage": 4}}, 422, "invalid_value", "hyperparams.zero_stage"),
+    ({"hyperparams": {"offload": "disk"}}, 422, "invalid_value", "hyperparams.offload"),
+    ({"hyperparams": {"offload": "optimizer"}}, 422, "invalid_value", "hyperparams.offload"),
+    (
+        {"hyperparams": {"offload": "parameters", "zero_stage": 2}},
+        422,
+        "conflicting_fields",
+        "hyperparams.zero_stage",
+    ),
+    ({"training_type": "qlora", "hyperparams": {"zero_stage": 3}}, 422, "conflicting_fields", "hyperparams.zero_stage"),
     ({"hyperparams": {"beta": 0.1}}, 422, "invalid_value", "hyperparams.beta"),
     ({"method": "dpo"}, 422, "dataset_task_mismatch", "dataset_id"),
     ({"method": "dpo", "task": "sequence_classification"}, 422, "conflicting_fields", "task"),
@@ -239,6 +249,18 @@ def test_qlora_is_accepted_where_there_is_a_gpu(api: Api, acme: httpx.Client) ->
     assert estimated(acme, training_type="qlora")["training_type"] == "qlora"
     asked = {**MINIMAL, "training_type": "qlora", "resource_config": {"gpu_type": "cpu"}}
     assert refused(acme.post("/finetune", json=asked), 422)["code"] == "qlora_unsupported"
+
+
+def test_what_saves_memory_is_chosen_where_it_must_be_or_as_it_is_asked_for(api: Api, acme: httpx.Client) -> None:
+    with api.database.platform() as session:
+        make_node(session, "gpu-1", kind="A100-80GB", slots=4, memory_gb=62.0)
+    small = estimated(acme)["hyperparams"]
+    assert (small["zero_stage"], small["offload"], small["gradient_checkpointing"]) == (2, "none", False)
+    full = estimated(acme, base_model="big", training_type="full", hyperparams={"max_seq_len": 512})
+    assert (full["hyperparams"]["zero_stage"], full["estimate"]["slots"], full["estimate"]["zero_stage"]) == (3, 2, 3)
+    asked = {"zero_stage": 1, "offload": "optimizer", "gradient_checkpointing": True}
+    given = estimated(acme, hyperparams=asked)["hyperparams"]
+    assert {name: given[name] for name in asked} == asked
 
 
 def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None:

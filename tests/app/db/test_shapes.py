@@ -30,9 +30,13 @@ def test_rows_of_the_first_version_are_read() -> None:
     assert shapes_from_json(old) == (Shape(2, 1.5, ("cpu",)),)
 
 
-def test_a_job_that_trains_keeps_its_number_of_slots() -> None:
+def test_a_job_that_trains_rather_keeps_its_number_of_slots() -> None:
     kept = shapes_to_json([Shape(1, 40.0, ("A100-80GB",)), Shape(4, 12.0, ("T4", "V100")), Shape(4, 12.0, ("L4",))])
     assert settled(kept, None) == kept
     settle = {"gpu_type": "V100", "num_gpus": 4}
-    assert shapes_from_json(settled(kept, settle)) == (Shape(4, 12.0, ("T4", "V100")),)
+    assert shapes_from_json(settled(kept, settle)) == (
+        Shape(4, 12.0, ("T4", "V100")),
+        Shape(4, 12.0, ("L4",)),
+        Shape(1, 40.0, ("A100-80GB",)),
+    )
     assert settled(settled(kept, settle), settle) == settled(kept, settle)

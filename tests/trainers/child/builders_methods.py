@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders_child import Recorder
+from builders_child import Child, Recorder
 from builders_llama import CAPITALS, WORDS
 
 from trainers.child.rank import run_rank
@@ -19,7 +19,7 @@ def train(config: TrainConfig) -> Recorder:
     return wire
 
 
-def checkpoint_of(wire: Recorder, step: int) -> str:
+def checkpoint_of(wire: Recorder | Child, step: int) -> str:
     return next(str(message["path"]) for message in wire.of("checkpoint") if message["step"] == step)
 
 

@@ -120,7 +120,7 @@ def test_packed_rows_have_the_losses_and_gradients_of_single_ones(kind: str, fie
     piece = loss.piece(examples, pad=0)
     assert len(piece.ids[0]) == 5 + 3 + 7 + 11 + 15  # five tokens of each row, and one row, are computed once
     for one in (piece, packed(examples, share=False), padded(examples, 0)):
-        found = loss.row_losses(one, len(examples))
+        found = loss(one, len(examples))
         assert torch.allclose(found, alone, rtol=1e-5)
         for name, gradient in gradients(model, found.sum()).items():
             assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
@@ -163,5 +163,5 @@ def test_no_rows_keep_the_graph() -> None:
     loss = SummedLoss(make_model("Llama", **SHAPE))
     loss.find_shortcuts()
     piece = loss.piece([], pad=0)
-    assert float(loss(piece).detach()) == 0.0 and loss.row_losses(piece, 2).tolist() == [0.0, 0.0]
+    assert float(loss(piece).detach()) == 0.0 and loss(piece, 2).tolist() == [0.0, 0.0]
     assert set(gradients(loss.model, loss(piece)))

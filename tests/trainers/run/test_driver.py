@@ -110,7 +110,10 @@ def test_a_checkpoint_that_is_kept_no_longer_leaves_the_storage(tmp_path: Path) 
 
 def test_of_a_checkpoint_to_begin_with_the_weights_are_staged_only(tmp_path: Path) -> None:
     made = world(tmp_path)
-    files = {name: made.storage.put_bytes(f"ck/{name}", b"x") for name in ("adapter_config.json", "rank-00000.pt")}
+    files = {
+        name: made.storage.put_bytes(f"ck/{name}", b"x")
+        for name in ("adapter_config.json", "optimizer-00001.safetensors")
+    }
     made.storage.put_bytes("ck/manifest.json", json.dumps(files).encode())
     object.__setattr__(made.store.given, "adapter_prefix", "ck")
     assert [name for name in attempt_files(made.store.given, made.storage) if name.startswith("adapter")] == [

@@ -142,9 +142,10 @@ class _Judge:
             yield list(share[start : start + self.micro])
 
     def _samples(self, examples: Sequence[Labelled]) -> list[dict[str, str]]:
-        if self.world.rank != 0 or not examples:
-            return []
+        """Asked on all ranks, which may need each other's part of the weights; told by the first."""
         _, told = self.classifier.loss(examples)
+        if self.world.rank != 0:
+            return []
         return [
             {"prompt": one.text[-SAMPLE_CHARS:], "expected": self.names[one.label], "answer": self.names[answer]}
             for one, answer in zip(examples, told.tolist(), strict=True)

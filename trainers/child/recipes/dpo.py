@@ -11,10 +11,11 @@ import torch
 
 from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
-from trainers.child.engine import Engine, State, make_engine
+from trainers.child.engine import Engine, make_engine
 from trainers.child.loss import SummedLoss
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
+from trainers.child.optimizer import Named, Saved
 from trainers.child.packing import PACKED_TOKENS
 from trainers.child.preference import Margins, Pair, Pairs, encode_pairs, flat, margins
 from trainers.child.rows import read_data
@@ -33,14 +34,14 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     plan = Plan(len(data.pairs), hyper)
 
     loss = SummedLoss(loaded.model)
+    micro = micro_batch_size(hyper, world.size, 2 * data.max_seq_len)
+    engine = WithReference(make_engine(loss, config, world, micro))
     short = data.max_seq_len <= PACKED_TOKENS  # a longer sequence would spend its time on what the mask throws away
     loss.find_shortcuts(packing=hyper.packing if short else False, max_seq_len=data.max_seq_len)
     config = replace(config, hyperparams=replace(hyper, packing=loss.packs))
-    micro = micro_batch_size(hyper, world.size, 2 * data.max_seq_len)
     if loss.packs:
         micro = min(micro, max(1, PACKED_TOKENS // data.max_seq_len))
     loss.train()
-    engine = WithReference(make_engine(loss, config, world, micro))
     torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
 
     policy = Policy(loss, loaded.tokenizer.pad_token_id, world, control)
@@ -72,12 +73,13 @@ class WithReference:
     def step(self, lr: float) -> float:
         return self.engine.step(lr)
 
-    def state(self) -> State:
-        return {**self.engine.state(), "reference": self.reference}
+    def state(self) -> Iterator[Named]:
+        yield from self.engine.state()
+        yield from ((f"reference/{rows}", asked) for rows, asked in self.reference.items())
 
-    def load_state(self, state: State) -> None:
-        self.reference.update(state["reference"])
-        self.engine.load_state(state)
+    def load_state(self, saved: Saved) -> None:
+        self.reference.update({rows: saved.read(f"reference/{rows}") for rows in ("train", "validation")})
+        self.engine.load_state(saved)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,7 @@ class Policy:
     def log_probs(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """[pairs, 2]; in fp32 on the model's device."""
         piece = self.loss.piece(flat(pairs), self.pad)
-        if not pairs:
-            return self.loss(piece).expand(0, 2)
-        return -self.loss.row_losses(piece, 2 * len(pairs)).view(-1, 2)
+        return -self.loss(piece, rows=2 * len(pairs)).view(len(pairs), 2)
 
     @torch.no_grad()
     def ask(self, pairs: Sequence[Pair], size: int, what: str) -> torch.Tensor:

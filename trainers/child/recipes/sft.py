@@ -31,12 +31,12 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     micro = micro_batch_size(config.hyperparams, world.size, data.max_seq_len)
 
     loss = SummedLoss(loaded.model)
+    engine = make_engine(loss, config, world, micro)
     loss.find_shortcuts(packing=config.hyperparams.packing, max_seq_len=data.max_seq_len)
     if config.hyperparams.packing and not loss.packs:
         warn(control, "Rows are not packed: this architecture does not give the same numbers that way.")
     config = replace(config, hyperparams=replace(config.hyperparams, packing=loss.packs))
     loss.train()
-    engine = make_engine(loss, config, world, micro)
     torch.manual_seed(config.hyperparams.seed + world.rank)  # dropout differs from rank to rank
 
     evaluator = Evaluator(loss, loaded, config, world, control)
