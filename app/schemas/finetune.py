@@ -59,6 +59,9 @@ class Hyperparams(RequestBody):
     n_checkpoints: int | None = Field(
         None, ge=1, le=100, description="The last so many stay, and the best one. Left out: all."
     )
+    load_best_model_at_end: bool | None = Field(
+        None, description="The weights with the lowest validation loss. Left out: with early_stopping_patience."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +122,9 @@ class FinetuneRequest(RequestBody):
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     budget: Budget | None = None
     entrypoint: Annotated[Text, Field(max_length=1000)] | None = None
+    outputs: list[Literal["adapter", "merged", "gguf"]] | None = Field(
+        None, max_length=3, description="More forms of the model beside it, made at the end of the training."
+    )
 
 
 class StatusDetails(Answer):

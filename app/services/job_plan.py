@@ -14,7 +14,15 @@ from app.db.models import BaseModel, Checkpoint, Dataset, Environment, Job, Mode
 from app.db.repository import Repository
 from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
-from app.services.hyperparams import CLASSIFICATION, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
+from app.services.hyperparams import (
+    CLASSIFICATION,
+    ROWS,
+    Way,
+    refuse_gguf,
+    refuse_what_changes_nothing,
+    resolve,
+    way_of,
+)
 from app.services.resources import Choice, ModelFacts, choose
 from app.settings import Settings
 from cluster.core.kinds import CPU
@@ -71,6 +79,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     refuse_what_changes_nothing(request, way)
     repository = Repository(session, tenant)
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
+    refuse_gguf(request, base.config or {})
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     validation = request.validation_dataset_id
     hyperparams = resolve(request, way)

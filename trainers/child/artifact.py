@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from trainers.child.folders import aside, publish
 from trainers.child.model import Loaded
 from trainers.child.outputs.card import Card, model_card
+from trainers.child.outputs.forms import add_curves, add_forms
+from trainers.child.outputs.history import Journal
+from trainers.child.shards import Shards
 from trainers.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`sha256`: by file. `left_out`: why a form that was asked for is not there, a sentence each."""
+
+    folder: Path
+    sha256: dict[str, str]
+    left_out: list[str]
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -21,8 +38,19 @@ def save_model(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def write_artifact(loaded: Loaded, config: TrainConfig, metrics: dict[str, Any]) -> tuple[Path, dict[str, str]]:
-    """(folder, {file: sha256})."""
+def load_saved(model: Any, folder: Path) -> None:
+    """Puts the weights that `save_model` wrote into the model as it stands."""
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    state = model.state_dict()
+    with torch.no_grad(), Shards(folder) as shards:
+        for name in shards.names:
+            state[name].copy_(shards.read(name))
+
+
+def write_artifact(loaded: Loaded, config: TrainConfig, metrics: dict[str, Any], journal: Journal) -> Artifact:
+    """Raises OSError, and what the libraries raise when the disk is full."""
     folder = Path(config.output_dir) / "artifact"
     temporary = aside(folder)
     base = str(config.metadata.get("base_model") or Path(config.base_model).name)
@@ -31,7 +59,10 @@ def write_artifact(loaded: Loaded, config: TrainConfig, metrics: dict[str, Any])
     save_model(loaded.model, temporary)
     loaded.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(_readme(config, base, loaded, metrics), encoding="utf-8")
-    return folder, publish(temporary, folder)
+    left_out = add_forms(temporary, config)
+    journal.write(temporary)
+    add_curves(temporary, config.outputs, journal)
+    return Artifact(folder, publish(temporary, folder), left_out)
 
 
 def _readme(config: TrainConfig, base: str, loaded: Loaded, metrics: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from trainers.child.artifact import save_model
 from trainers.child.data import file_sha256
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure
-from trainers.child.folders import aside, flush, publish, total_bytes
+from trainers.child.folders import aside, discard, publish, total_bytes
+from trainers.child.outputs.history import Journal
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
 FORMAT = 1
 STATE_FILE = "state.json"
+_NO_NUMBERS = ("micro_batch_size", "load_best_model_at_end")
+"""Hyperparameters that change rounding at most, or only what is kept."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +53,29 @@ class Store:
     config: TrainConfig
     world: World
     identity: str
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
-    def write(self, position: Position, model: Any, engine: Engine) -> Written | None:
-        """Called by all ranks together; what was written, on rank 0."""
+    def write(self, position: Position, model: Any, engine: Engine) -> Callable[[], Written] | None:
+        """Called by all ranks together. Returns once the files are handed to the system, whose page cache is the snapshot: the
+        training may go on. On rank 0, what must then be called, from any thread: it waits for the disk, checks, hashes, and
+        names the checkpoint. Raises OSError, both."""
         target = self.folder / f"step-{position.step:08d}"
         first = self.world.rank == 0
         temporary = aside(target) if first else target.with_name(f".{target.name}.tmp")
         self.world.barrier()
         own = temporary / f"rank-{self.world.rank:05d}.pt"
         torch.save({"engine": engine.state(), "random": _random_state(self.world)}, own)
-        flush(own)
         if first:
             save_model(model, temporary)
+            self.journal.write(temporary)
             state = {"format": FORMAT, "identity": self.identity, "world_size": self.world.size}
             (temporary / STATE_FILE).write_text(json.dumps({**state, **asdict(position)}, indent=1), encoding="utf-8")
         self.world.barrier()
-        hashes = publish(temporary, target) if first else {}
-        self.world.barrier()
-        return Written(position.step, target, total_bytes(target), hashes) if first else None
+        return (lambda: _named(position.step, temporary, target)) if first else None
 
     def read(self, folder: Path, engine: Engine) -> Position:
         """Restores engine and random generators; the weights are loaded already, since they lie there as a model does.
@@ -84,14 +88,29 @@ class Store:
         if (state.get("format"), state.get("identity")) != (FORMAT, self.identity):
             raise _unreadable(folder, "it belongs to a run with other data, hyperparameters or world size")
         engine.load_state(rank["engine"])
+        self.journal.read(folder)
         _restore_random(rank["random"])
         return Position(state["step"], state["evaluated_step"], state["metrics"])
 
-    def prune(self, durable: int) -> None:
-        """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay."""
+    def prune(self, durable: int, keep: int | None = None) -> None:
+        """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay, and `keep`."""
         older = sorted(path for path in self.folder.glob("step-*") if step_of(path) <= durable)
         for path in older[: -max(1, self.config.keep_checkpoints)]:
-            shutil.rmtree(path, ignore_errors=True)
+            if step_of(path) != keep:
+                discard(path)
+
+    def weights_of(self, step: int, began: int) -> Path | None:
+        """Where the weights of an earlier step lie; `began`: the step at which this attempt began."""
+        own = self.folder / f"step-{step:08d}"
+        if own.is_dir():
+            return own
+        earlier = self.config.resume_from if step == began else self.config.best_checkpoint
+        return Path(earlier) if earlier and step <= began else None
+
+
+def _named(step: int, temporary: Path, target: Path) -> Written:
+    hashes = publish(temporary, target)
+    return Written(step, target, total_bytes(target), hashes)
 
 
 def step_of(path: Path) -> int:
@@ -102,7 +121,7 @@ def step_of(path: Path) -> int:
 def identity_of(config: TrainConfig, precision: str) -> str:
     """A digest of what makes the numbers of a run. Threads and processor belong to it too, but a checkpoint may move; the
     micro-batch changes rounding only, and a run that was short of memory goes on with a smaller one."""
-    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key != "micro_batch_size"}
+    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key not in _NO_NUMBERS}
     parts = {
         "data": file_sha256(Path(config.train_file)),
         "hyperparams": hyper,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
 from trainers.child.deepspeed_config import deepspeed_config
 from trainers.child.loss import SummedLoss
+from trainers.child.park import tensors_in
 from trainers.child.world import World
 from trainers.config import Hyperparams, TrainConfig
 
@@ -30,6 +32,10 @@ class Engine(Protocol):
         ...
 
     def load_state(self, state: State) -> None: ...
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it keeps on the device beside the model, in whatever form."""
+        ...
 
 
 def make_engine(loss: SummedLoss, config: TrainConfig, world: World, micro_batch_size: int) -> Engine:
@@ -82,6 +88,9 @@ class PlainEngine:
         self._optimizer.load_state_dict(state["optimizer"])
         _copy_all(self._masters, state["masters"])
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return tensors_in([self._masters, dict(self._optimizer.state)])
+
 
 class ZeroEngine:
     """ZeRO-2: each rank holds the optimizer state and the masters of its part of the parameters."""
@@ -118,6 +127,9 @@ class ZeroEngine:
     def load_state(self, state: State) -> None:
         self._optimizer.optimizer.load_state_dict(state["optimizer"])
         _copy_all(self._optimizer.single_partition_of_fp32_groups, state["masters"])
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return tensors_in([vars(self._optimizer), dict(self._optimizer.optimizer.state)])
 
 
 def load_deepspeed(devices: str) -> Any:

@@ -58,6 +58,10 @@ class Assignment:
     metadata: dict[str, Any] = field(default_factory=dict)
     uid: int | None = None
     """The tenant's own user id, for sandboxes."""
+    best: LastCheckpoint | None = None
+    """The checkpoint with the lowest validation loss so far, where it is another one than `checkpoint`."""
+    outputs: tuple[str, ...] = ()
+    """More forms of the model that were asked for: merged, gguf."""
 
 
 @dataclass(frozen=True)

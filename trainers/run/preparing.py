@@ -17,7 +17,11 @@ from trainers.run.ports import Assignment
 
 CPU = "cpu"
 TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.jsonl", "adapter", "resume", "out"
+BEST = "best"
 """Below the scratch folder of the attempt."""
+ALWAYS = ("curves", "tensorboard")
+"""Outputs that every artifact has where the environment has their libraries."""
+_NO_WEIGHTS = ("state.json", "rank-", "history.jsonl", "curves.png", "merged/", "gguf/", "tensorboard/")
 
 T = TypeVar("T")
 Files = dict[str, tuple[str, str]]
@@ -81,12 +85,15 @@ def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
         files |= _below(ADAPTER, assignment.adapter_prefix, weights_of(manifest))
     if assignment.checkpoint:
         files |= _below(RESUME, assignment.checkpoint.prefix, assignment.checkpoint.files)
+    if assignment.best:
+        files |= _below(BEST, assignment.best.prefix, weights_of(assignment.best.files))
     return files
 
 
 def weights_of(files: dict[str, str]) -> dict[str, str]:
-    """Of a checkpoint without what only the run that wrote it can use: optimizer states and the position."""
-    return {name: sha256 for name, sha256 in files.items() if name != "state.json" and not name.startswith("rank-")}
+    """Of a checkpoint without what only the run that wrote it can use: optimizer states, the position and the journal; of a
+    version without its other forms."""
+    return {name: sha256 for name, sha256 in files.items() if not name.startswith(_NO_WEIGHTS)}
 
 
 def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:
@@ -123,6 +130,8 @@ def train_config(
         exact_match_rows=settings.exact_match_rows,
         memory_limit_gb=assignment.memory_limit_gb,
         metadata=lineage(assignment),
+        best_checkpoint=f"{scratch}/{BEST}" if assignment.best else None,
+        outputs=[*assignment.outputs, *ALWAYS],
     )
 
 

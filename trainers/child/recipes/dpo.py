@@ -79,6 +79,9 @@ class WithReference:
         self.reference.update(state["reference"])
         self.engine.load_state(state)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return self.engine.tensors()
+
 
 @dataclass(frozen=True)
 class Policy:
