@@ -51,6 +51,8 @@ test: lint unit
 drill: install-test
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
+	$(BIN)/python -m tests.drills.training_kills
+	$(BIN)/python -m tests.drills.parking
 
 bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-train
 

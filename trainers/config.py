@@ -57,6 +57,9 @@ class Hyperparams:
     `eval_steps` says otherwise."""
     n_checkpoints: Optional[int] = None
     """So many of the last checkpoints stay, and the one with the lowest validation loss; None: all of them."""
+    load_best_model_at_end: Optional[bool] = None
+    """The artifact has the weights with the lowest validation loss instead of the last ones; evaluates once an epoch unless
+    `eval_steps` says otherwise. None: with `early_stopping_patience`."""
 
     def held_out(self, rows: int) -> int:
         """How many of so many rows are validated on and not trained on; where there are two, each side has one."""
@@ -109,6 +112,13 @@ class TrainConfig:
     """Of `custom`: the folder that the script is started in."""
     params: Dict[str, Any] = field(default_factory=dict)
     """Of `custom`: whatever its script wants to be told."""
+    best_checkpoint: Optional[str] = None
+    """Weights of the checkpoint that had the lowest validation loss before `resume_from`, where that is another one."""
+    outputs: List[str] = field(default_factory=list)
+    """More forms of the model beside it in the artifact: merged, gguf, curves, tensorboard; the last two where their libraries
+    are in the environment."""
+    collective_timeout_s: float = 600.0
+    """How long the ranks wait for one that says nothing any more; below the scheduler's own limit for a job without progress."""
 
     def to_dict(self) -> Dict[str, Any]:
         return dataclasses.asdict(self)

@@ -25,6 +25,7 @@ def read_assignment(session: Session, job: Job) -> Assignment:
     begins_with = _get(session, Checkpoint, job.parent_checkpoint_id) if job.parent_checkpoint_id else None
     train = _get(session, Dataset, job.dataset_id)
     validation = _get(session, Dataset, job.validation_dataset_id) if job.validation_dataset_id else None
+    checkpoint = _last_checkpoint(session, job.id)
     return Assignment(
         job_id=job.id,
         tenant=job.tenant_id,
@@ -47,13 +48,15 @@ def read_assignment(session: Session, job: Job) -> Assignment:
         validation_sha256=validation.sha256 if validation else None,
         lock=job.lock,
         fingerprint=job.fingerprint,
-        checkpoint=_last_checkpoint(session, job.id),
+        checkpoint=_told(checkpoint),
         output_model=job.output_model,
         max_runtime_s=job.max_runtime_s,
         ran_s=job.ran_s,
         metadata=job.user_metadata,
         uid=_get(session, Tenant, job.tenant_id).uid,
         script=_script(session, job),
+        best=_told(_best_checkpoint(session, checkpoint)),
+        outputs=tuple(job.request.get("outputs") or ()),
     )
 
 
@@ -89,9 +92,21 @@ def _weights(session: Session, job: Job) -> tuple[str, str, str | None]:
     return base.prefix, base.sha256, parent.prefix if parent is not None else None
 
 
-def _last_checkpoint(session: Session, job_id: str) -> LastCheckpoint | None:
+def _last_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
     newest = select(Checkpoint).where(Checkpoint.job_id == job_id)
-    row = session.scalar(newest.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc()).limit(1))
+    return session.scalar(newest.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc()).limit(1))
+
+
+def _best_checkpoint(session: Session, last: Checkpoint | None) -> Checkpoint | None:
+    """What `last` calls the best step so far, where that is another one."""
+    step = last.metrics.get("best_step") if last is not None else None
+    if last is None or not isinstance(step, int) or step == last.step:
+        return None
+    rows = select(Checkpoint).where(Checkpoint.job_id == last.job_id, Checkpoint.step == step)
+    return session.scalar(rows.order_by(Checkpoint.attempt.desc()).limit(1))
+
+
+def _told(row: Checkpoint | None) -> LastCheckpoint | None:
     return LastCheckpoint(row.step, row.attempt, row.prefix, row.files) if row is not None else None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.deps import CallerDep, PageDep, Ref, ServicesDep
@@ -14,6 +14,7 @@ from app.schemas.operators import NewBaseModel, Promotion, Rollback
 from app.services.models import check_alias
 
 router = APIRouter(tags=["models"])
+Output = Annotated[Literal["adapter", "merged", "gguf"] | None, Query()]
 Alias = Annotated[str, Path(pattern=NAME_PATTERN)]
 TAR: dict[int | str, dict[str, Any]] = {
     200: {
@@ -56,9 +57,9 @@ def rollback_model(ref: Ref, rollback: Rollback, caller: CallerDep, services: Se
 
 
 @router.get("/models/{ref}/download", response_class=Response, responses=TAR)
-def download_model(ref: Ref, caller: CallerDep, services: ServicesDep) -> Response:
-    """All files of a version (the newest, unless `ref` names one) as a tar."""
-    download = services.models.download(caller, ref)
+def download_model(ref: Ref, caller: CallerDep, services: ServicesDep, output: Output = None) -> Response:
+    """The files of a version (the newest, unless `ref` names one) as a tar; `output`: of another form that it has."""
+    download = services.models.download(caller, ref, output)
     headers = {
         "content-length": str(download.bytes),
         "content-disposition": f'attachment; filename="{download.filename}"',

@@ -66,6 +66,9 @@ class Hyperparams(RequestBody):
     n_checkpoints: int | None = Field(
         None, ge=1, le=100, description="The last so many stay, and the best one. Left out: all."
     )
+    load_best_model_at_end: bool | None = Field(
+        None, description="The weights with the lowest validation loss. Left out: with early_stopping_patience."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +136,9 @@ class FinetuneRequest(RequestBody):
     )
     code: Reference | None = Field(None, description="For `custom`: the uploaded code that the entrypoint lies in.")
     params: Params | None = Field(None, description="For `custom`: whatever the script wants to be told.")
+    outputs: list[Literal["adapter", "merged", "gguf"]] | None = Field(
+        None, max_length=3, description="More forms of the model beside it, made at the end of the training."
+    )
 
 
 class StatusDetails(Answer):

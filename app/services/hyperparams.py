@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from app.schemas.finetune import FinetuneRequest
 from app.schemas.finetune import Hyperparams as Asked
@@ -17,6 +18,8 @@ ROWS = {
     "sequence_classification": "text and label",
 }
 """The tasks that datasets are for, and what their rows hold."""
+GGUF_MODELS = ("llama", "mistral")
+"""As `trainers.child.outputs.to_gguf` writes them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ def refuse_what_changes_nothing(request: FinetuneRequest, way: Way) -> None:
     """A field that would change nothing is refused, not ignored. Raises `InvalidRequest`."""
     asked = request.hyperparams
     validates = request.validation_dataset_id is not None or request.validation_split is not None
-    if way.method == CUSTOM:  # a script may make of them what it likes
+    if way.method == CUSTOM:  # of the rest a script may make what it likes
+        if request.outputs is not None:
+            raise _idle("outputs", "method sft and dpo")
         return
     for field in ("entrypoint", "code", "params"):
         if getattr(request, field) is not None:
@@ -76,8 +81,32 @@ def refuse_what_changes_nothing(request: FinetuneRequest, way: Way) -> None:
         raise _conflict("hyperparams.zero_stage", "offload parameters is ZeRO-3, zero_stage says otherwise")
     if way.training_type == "qlora" and (asked.zero_stage == 3 or asked.offload == "parameters"):
         raise _conflict("hyperparams.zero_stage", "the 4-bit weights of qlora cannot be parted, which ZeRO-3 does")
+    if asked.load_best_model_at_end and not validates:
+        raise _idle("hyperparams.load_best_model_at_end", "a validation_dataset_id or a validation_split")
+    _refuse_outputs(request, way)
     if request.validation_dataset_id is not None and request.validation_split is not None:
         raise _conflict("validation_split", "validation_dataset_id and validation_split both say what to validate on")
+
+
+def _refuse_outputs(request: FinetuneRequest, way: Way) -> None:
+    outputs = request.outputs or []
+    adapts = way.training_type != "full"
+    if ("merged" in outputs or "adapter" in outputs) and not adapts:
+        raise _idle("outputs", "training_type lora and qlora: a full training leaves a whole model")
+    if {"merged", "gguf"} & set(outputs) and way.task != CAUSAL_LM:
+        raise _idle("outputs", f"task {CAUSAL_LM}")
+
+
+def refuse_gguf(request: FinetuneRequest, base_config: dict[str, Any]) -> None:
+    """The child knows more reasons; this one is known at once. Raises `InvalidRequest`."""
+    model = base_config.get("model_type")
+    if "gguf" in (request.outputs or []) and model not in GGUF_MODELS:
+        raise InvalidRequest(
+            f"a {model} model is not written as GGUF here, only {' and '.join(GGUF_MODELS)} models are",
+            code="output_unsupported",
+            param="outputs",
+            hint="Take the output merged; llama.cpp's convert_hf_to_gguf.py knows more architectures.",
+        )
 
 
 def resolve(request: FinetuneRequest, way: Way) -> Hyperparams:

@@ -14,7 +14,16 @@ from app.db.models import BaseModel, Checkpoint, Code, Dataset, Environment, Job
 from app.db.repository import Repository
 from app.db.shapes import shapes_to_json
 from app.schemas.finetune import FinetuneRequest
-from app.services.hyperparams import CLASSIFICATION, CUSTOM, ROWS, Way, refuse_what_changes_nothing, resolve, way_of
+from app.services.hyperparams import (
+    CLASSIFICATION,
+    CUSTOM,
+    ROWS,
+    Way,
+    refuse_gguf,
+    refuse_what_changes_nothing,
+    resolve,
+    way_of,
+)
 from app.services.resources import Choice, ModelFacts, Wanted, choose
 from app.services.scripts import ScriptPlan, choose_room, plan_script
 from app.settings import Settings
@@ -79,6 +88,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     if way.method == CUSTOM:
         return _script_plan(repository, request, way, settings)
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
+    refuse_gguf(request, base.config or {})
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     validation = request.validation_dataset_id
     asked, hyperparams = request.hyperparams, resolve(request, way)

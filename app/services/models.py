@@ -19,6 +19,9 @@ from app.services.parts import Parts
 from cluster.core.job import TERMINAL
 from cluster.errors import Conflict, InvalidRequest, NotFound
 
+OTHER_FORMS = ("merged", "gguf")
+"""Folders of a version that hold the model once more."""
+
 
 @dataclass(frozen=True)
 class Download:
@@ -75,16 +78,21 @@ class ModelService:
             repository.set_alias(row, alias)
             return version_view(session, row)
 
-    def download(self, caller: Caller, ref: str) -> Download:
-        """The whole of a version as a tar; its hash is known before the first byte goes out."""
+    def download(self, caller: Caller, ref: str, output: str | None = None) -> Download:
+        """A version as a tar, without its other forms, or one of them; its hash is known before the first byte goes out. Raises
+        `NotFound` for a form that the version does not have."""
         tenant = caller.may("model:read", ref)
         with self._parts.database.tenant(tenant) as session:
             version = Repository(session, tenant).model_version(ref)
             model = session.get_one(Model, version.model_id)
-        folder = f"{model.name}-{version.version}"
-        archive = Archive(self._parts.storage, version.prefix, folder, dict(version.files))
-        sha256, size = self._measured(version.id, version.prefix, folder, tuple(sorted(version.files.items())))
-        return Download(archive, f"{folder}.tar", sha256, size)
+        other = output if output in OTHER_FORMS else None
+        files = form_of(version.files, other)
+        if not files or (output == "adapter" and version.kind != "adapter"):
+            raise _no_such_form(ref, output or "model", version)
+        folder = "-".join([model.name, str(version.version), *([other] if other else [])])
+        prefix = f"{version.prefix}/{other}" if other else version.prefix
+        sha256, size = self._measured(version.id, prefix, folder, tuple(sorted(files.items())))
+        return Download(Archive(self._parts.storage, prefix, folder, files), f"{folder}.tar", sha256, size)
 
     def _measure(self, _id: str, prefix: str, folder: str, files: tuple[tuple[str, str], ...]) -> tuple[str, int]:
         return Archive(self._parts.storage, prefix, folder, dict(files)).measure()
@@ -111,6 +119,24 @@ class ModelService:
         for prefix in prefixes:
             self._parts.storage.delete_prefix(prefix)
         return deleted_id
+
+
+def form_of(files: dict[str, Any], other: str | None) -> dict[str, str]:
+    """name → sha256 of what lies in the folder of that form, or of what lies in none."""
+    if other is None:
+        return {name: sha256 for name, sha256 in files.items() if name.partition("/")[0] not in OTHER_FORMS}
+    inside = f"{other}/"
+    return {name.removeprefix(inside): sha256 for name, sha256 in files.items() if name.startswith(inside)}
+
+
+def _no_such_form(ref: str, output: str, version: ModelVersion) -> NotFound:
+    there = [version.kind, *(form for form in OTHER_FORMS if form_of(version.files, form))]
+    return NotFound(
+        f"model {ref[:120]} has no output {output}",
+        code="output_not_found",
+        param="output",
+        hint=f"It has: {', '.join(there)}. Others are made when the job asks for them in `outputs`.",
+    )
 
 
 def _living(model_id: str) -> Select[ModelVersion]:

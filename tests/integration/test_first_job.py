@@ -27,7 +27,8 @@ def test_lora_from_post_to_a_folder_that_peft_loads(service: Service, llama: Pat
         base_model="tiny",
         dataset_id="first",
         validation_dataset_id="first-check",
-        hyperparams={"learning_rate": 5e-3, "batch_size": 8, "epochs": 4},
+        hyperparams={"learning_rate": 5e-3, "batch_size": 8, "epochs": 4, "load_best_model_at_end": True},
+        outputs=["merged", "gguf"],
         output_model="colours",
     )
     seen = wait_done(client, job_id)
@@ -41,6 +42,7 @@ def test_lora_from_post_to_a_folder_that_peft_loads(service: Service, llama: Pat
     when = [event["data"]["when"] for event in told if event["type"] == "evaluated"]
     assert when[0] == "before" and when[-1] == "after"
     _check_artifact(client, llama, tmp_path)
+    _check_forms(client)
     assert client.get(f"/finetune/{job_id}/logs").status_code == 200
 
 
@@ -59,6 +61,18 @@ def _check_artifact(client: httpx.Client, llama: Path, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0, "the adapter holds what was learnt"
+
+
+def _check_forms(client: httpx.Client) -> None:
+    def names(query: str) -> set[str]:
+        answer = client.get(f"/models/colours@1/download{query}")
+        assert answer.status_code == 200, answer.text
+        with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+    assert {"adapter_model.safetensors", "README.md", "history.jsonl", "curves.png"} <= names("")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names("?output=merged")
+    assert names("?output=gguf") == {"model.gguf"}
 
 
 def test_full_training_continues_nothing_half_and_is_told_as_a_stream(service: Service) -> None:

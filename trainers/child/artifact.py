@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from trainers.child.folders import aside, publish
 from trainers.child.model import Loaded
 from trainers.child.outputs.card import Card, model_card
+from trainers.child.outputs.forms import add_curves, add_forms
+from trainers.child.outputs.history import Journal
+from trainers.child.parted import put_together
+from trainers.child.shards import Shards
 from trainers.config import TrainConfig
 
 Weights = Optional[dict[str, Any]]
-"""As `trainers.child.zero.whole_weights` has them."""
+"""As `trainers.child.parted.whole_weights` has them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is told of a run beside its model."""
+
+    metrics: dict[str, Any]
+    journal: Journal
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`sha256`: by file. `left_out`: why a form that was asked for is not there, a sentence each."""
+
+    folder: Path
+    sha256: dict[str, str]
+    left_out: list[str]
 
 
 def save_model(model: Any, folder: Path, weights: Weights = None) -> None:
@@ -24,10 +50,20 @@ def save_model(model: Any, folder: Path, weights: Weights = None) -> None:
         model.save_pretrained(folder, state_dict=weights)
 
 
-def write_artifact(
-    loaded: Loaded, config: TrainConfig, metrics: dict[str, Any], weights: Weights = None
-) -> tuple[Path, dict[str, str]]:
-    """(folder, {file: sha256})."""
+def load_saved(model: Any, folder: Path) -> None:
+    """Puts the weights that `save_model` wrote into the model as it stands. Called by all ranks together."""
+    with put_together(model):
+        if hasattr(model, "peft_config"):
+            set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+            return
+        state = model.state_dict()
+        with torch.no_grad(), Shards(folder) as shards:
+            for name in shards.names:
+                state[name].copy_(shards.read(name))
+
+
+def write_artifact(loaded: Loaded, config: TrainConfig, run: Run, weights: Weights = None) -> Artifact:
+    """`weights`: where the model's own are parted. Raises OSError, and what the libraries raise when the disk is full."""
     folder = Path(config.output_dir) / "artifact"
     temporary = aside(folder)
     base = str(config.metadata.get("base_model") or Path(config.base_model).name)
@@ -35,8 +71,11 @@ def write_artifact(
         loaded.model.peft_config["default"].base_model_name_or_path = base
     save_model(loaded.model, temporary, weights)
     loaded.tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(_readme(config, base, loaded, metrics), encoding="utf-8")
-    return folder, publish(temporary, folder)
+    (temporary / "README.md").write_text(_readme(config, base, loaded, run.metrics), encoding="utf-8")
+    left_out = add_forms(temporary, config)
+    run.journal.write(temporary)
+    add_curves(temporary, config.outputs, run.journal)
+    return Artifact(folder, publish(temporary, folder), left_out)
 
 
 def _readme(config: TrainConfig, base: str, loaded: Loaded, metrics: dict[str, Any]) -> str:

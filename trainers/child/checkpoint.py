@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from trainers.child.artifact import save_model
 from trainers.child.data import file_sha256
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure
-from trainers.child.folders import aside, publish, total_bytes
+from trainers.child.folders import aside, discard, publish, total_bytes
 from trainers.child.model import STATE_FILE
 from trainers.child.optimizer import Saved, write_state
+from trainers.child.outputs.history import Journal
 from trainers.child.parted import whole_weights
 from trainers.child.world import World
 from trainers.config import TrainConfig
@@ -62,29 +63,30 @@ class Store:
     world: World
     identity: str
     precision: str
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir) / "checkpoints"
 
-    def write(self, position: Position, model: Any, engine: Engine) -> Written | None:
-        """Called by all ranks together; what was written, on rank 0, which puts all parts together."""
+    def write(self, position: Position, model: Any, engine: Engine) -> Callable[[], Written] | None:
+        """Called by all ranks together; rank 0 puts all parts together. Returns once the files are handed to the system, whose
+        page cache is the snapshot: the training may go on. On rank 0, what must then be called, from any thread: it waits for
+        the disk, checks, hashes, and names the checkpoint. Raises OSError, both."""
         target = self.folder / f"step-{position.step:08d}"
         temporary = aside(target) if self.world.rank == 0 else None
         write_state(engine.state(), temporary)
         weights = whole_weights(model, self.world)
         random_states = self.world.gathered(_random_state(self.world))
-        written = None
         if temporary is not None:
             torch.save(random_states, temporary / RANDOM_FILE)
             save_model(model, temporary, weights)
+            self.journal.write(temporary)
             made_by = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
             state = {**made_by, **asdict(position)}
             (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            hashes = publish(temporary, target)
-            written = Written(position.step, target, total_bytes(target), hashes)
         self.world.barrier()
-        return written
+        return None if temporary is None else lambda: _named(position.step, temporary, target)
 
     def read(self, folder: Path, engine: Engine) -> Position:
         """Restores engine and random generators; the weights are loaded already, since they lie there as a model does.
@@ -96,6 +98,7 @@ class Store:
             random_states = torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True)
             with Saved(folder) as saved:
                 engine.load_state(saved)
+            self.journal.read(folder)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
         position = Position(state["step"], state["evaluated_step"], state["metrics"], state["worlds"])
@@ -105,11 +108,25 @@ class Store:
             _draw_anew(self.config.hyperparams.seed, position.step, self.world.rank)
         return position.continued_by(self.world.size)
 
-    def prune(self, durable: int) -> None:
-        """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay."""
+    def prune(self, durable: int, keep: int | None = None) -> None:
+        """The checkpoint of step `durable` is safe elsewhere: only the newest `keep_checkpoints` up to it stay, and `keep`."""
         older = sorted(path for path in self.folder.glob("step-*") if step_of(path) <= durable)
         for path in older[: -max(1, self.config.keep_checkpoints)]:
-            shutil.rmtree(path, ignore_errors=True)
+            if step_of(path) != keep:
+                discard(path)
+
+    def weights_of(self, step: int, began: int) -> Path | None:
+        """Where the weights of an earlier step lie; `began`: the step at which this attempt began."""
+        own = self.folder / f"step-{step:08d}"
+        if own.is_dir():
+            return own
+        earlier = self.config.resume_from if step == began else self.config.best_checkpoint
+        return Path(earlier) if earlier and step <= began else None
+
+
+def _named(step: int, temporary: Path, target: Path) -> Written:
+    hashes = publish(temporary, target)
+    return Written(step, target, total_bytes(target), hashes)
 
 
 def step_of(path: Path) -> int:
@@ -117,14 +134,14 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-ROUNDING_ONLY = ("micro_batch_size", "zero_stage", "offload", "gradient_checkpointing")
-"""Hyperparameters with which a run may go on that was short of memory, or has other slots now."""
+_NO_NUMBERS = ("micro_batch_size", "zero_stage", "offload", "gradient_checkpointing", "load_best_model_at_end")
+"""Hyperparameters that change rounding at most, or only what is kept."""
 
 
 def identity_of(config: TrainConfig, precision: str) -> str:
     """A digest of what makes the numbers of a run, up to rounding. Threads, processor and the number of ranks belong to it too,
     but a checkpoint may move."""
-    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key not in ROUNDING_ONLY}
+    hyper = {key: value for key, value in asdict(config.hyperparams).items() if key not in _NO_NUMBERS}
     parts = {
         "data": file_sha256(Path(config.train_file)),
         "hyperparams": hyper,

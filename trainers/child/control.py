@@ -30,10 +30,14 @@ class Wire(Protocol):
 
 @dataclass(frozen=True)
 class Actions:
-    """What only the recipe can do. `save` runs on all ranks together; `prune` frees what an older step left."""
+    """What only the recipe can do. `save` runs on all ranks together, and may leave the slow part to a thread; `settle` waits
+    for that; `prune` frees what an older step left; `leave` gives the accelerator's memory back, `come_back` takes it again."""
 
     save: Callable[[], None]
     prune: Callable[[int], None]
+    settle: Callable[[], None] = lambda: None
+    leave: Callable[[], None] = lambda: None
+    come_back: Callable[[], None] = lambda: None
 
 
 class Control:
@@ -84,14 +88,14 @@ class Control:
         """Called by all ranks at the same places, where the run could be cut. Raises Stopped."""
         while True:
             action, command = self._agree()
-            if action == GO_ON:
-                self._parked = False
-            elif action == PARK:
-                self._parked = True
-            else:
-                self.save()
+            if action in (GO_ON, STOP):
+                self._unpark()
+            if action == PARK:
+                self._park()
+            elif action != GO_ON:
+                self.save(wait=command is not None or action == STOP)
             if action == STOP:
-                self.state, self._parked = "finished", False
+                self.state = "finished"
             self._answer(command)
             if action == STOP:
                 self.close()
@@ -99,13 +103,34 @@ class Control:
             if action == GO_ON:
                 return
 
-    def save(self) -> None:
-        """A checkpoint of the step that is done, if it has none yet."""
-        if self._actions is None or self.step <= self._saved_step:
+    def _park(self) -> None:
+        """Whoever hears that this run is parked may use what it held."""
+        if self._actions is not None and not self._parked:
+            self._actions.settle()
+            self._actions.leave()
+        if not self._parked:
+            self._world.barrier()
+        self._parked = True
+
+    def _unpark(self) -> None:
+        if self._actions is not None and self._parked:
+            self._actions.come_back()
+        self._parked = False
+
+    def save(self, *, wait: bool = True) -> None:
+        """A checkpoint of the step that is done, if it has none yet; `wait`: until it is on the disk."""
+        if self._actions is None:
             return
-        with self.during("checkpointing"):
-            self._actions.save()
-        self._saved_step, self._saved_at = self.step, self._clock()
+        if self.step > self._saved_step:
+            if self._parked:
+                self._actions.come_back()
+            with self.during("checkpointing"):
+                self._actions.save()
+            if self._parked:
+                self._actions.leave()
+            self._saved_step, self._saved_at = self.step, self._clock()
+        if wait:
+            self._actions.settle()
 
     def close(self) -> None:
         """The loop asks no more: from now on commands are answered as they come."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from trainers.child.deepspeed_config import BUCKET, zero_stage
 from trainers.child.loss import SummedLoss
 from trainers.child.optimizer import MOMENTS, Named, Saved, adamw, trained
+from trainers.child.park import tensors_in
 from trainers.child.world import World
 from trainers.child.zero import ZeroEngine
 from trainers.config import Hyperparams, TrainConfig
@@ -35,6 +36,10 @@ class Engine(Protocol):
 
     def load_state(self, saved: Saved) -> None:
         """What any engine with any number of ranks has saved; each rank takes its part."""
+        ...
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it keeps on the device beside the model, in whatever form."""
         ...
 
 
@@ -108,6 +113,9 @@ class PlainEngine:
                 }
             if one.copied:
                 one.master.copy_(saved.read(f"master/{one.name}"))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return tensors_in([self._masters, dict(self._optimizer.state)])
 
 
 def _master(parameter: torch.Tensor, hyper: Hyperparams) -> torch.Tensor:

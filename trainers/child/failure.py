@@ -46,6 +46,8 @@ def describe(error: BaseException) -> TrainFailure:
     if _is_disk(error):
         hint = "Free some space on the node's disk. The last checkpoint is whole: the job goes on from it."
         return TrainFailure("disk_full", f"There is no room left to write to: {text}", hint=hint, fixable_by="operator")
+    if isinstance(error, RuntimeError) and (lost := _lost_rank(text)) is not None:
+        return lost
     if "TemplateError" in {kind.__name__ for kind in type(error).__mro__}:
         hint = "Most templates want user and assistant to take turns, and a system turn first if at all."
         return TrainFailure("row_not_renderable", f"The chat template refuses a row: {error}", hint=hint)
@@ -53,6 +55,19 @@ def describe(error: BaseException) -> TrainFailure:
         return TrainFailure("io_error", f"A file could not be read or written: {text}", fixable_by="operator")
     hint = "The log has the traceback. If the data and the environment are right, this is a bug."
     return TrainFailure("training_error", f"The training code failed: {text}", hint=hint, fixable_by="operator")
+
+
+def _lost_rank(text: str) -> TrainFailure | None:
+    """What gloo says of another rank that hangs, or that is no more."""
+    said = text.lower()
+    if "timed out waiting" in said or "application timeout" in said:
+        hint = "One of its processes stands still; the log may say why. The job goes on from its last checkpoint."
+        message = f"A rank waited in vain for another one: {text}"
+        return TrainFailure("rank_not_responding", message, hint=hint, fixable_by="nobody")
+    if "connection closed by peer" in said or "connection reset by peer" in said:
+        hint = "If a signal ended it, look at the machine's memory. The job goes on from its last checkpoint."
+        return TrainFailure("rank_lost", f"Another rank is gone: {text}", hint=hint, fixable_by="operator")
+    return None
 
 
 def _is_disk(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -29,10 +30,19 @@ def publish(temporary: Path, folder: Path) -> dict[str, str]:
             with safe_open(path, framework="pt") as weights:
                 weights.keys()
     hashes = {path.relative_to(temporary).as_posix(): file_sha256(path) for path in files}
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(folder)
     temporary.rename(folder)
     flush(folder.parent)
     return hashes
+
+
+def discard(folder: Path) -> None:
+    """Takes the name away first: who dies while it deletes leaves no half folder under it."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

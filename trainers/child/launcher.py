@@ -175,7 +175,7 @@ class Launcher:
             self._state = "finished"
         elif message["type"] == "ack":
             self._pending.pop(message["id"], None)
-        self._step = message.get("step", self._step)
+        self._step = max(self._step, message.get("step", 0))  # a checkpoint is told of when it lies on the disk
         self._channel.send(**message)
 
     def _gone(self, rank: Rank) -> None:

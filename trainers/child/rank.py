@@ -35,7 +35,7 @@ def run_rank(config: TrainConfig, rank: int, size: int, wire: Wire) -> None:
 def _run(config: TrainConfig, rank: int, size: int, control: Control) -> None:
     memory = MemoryLimit(config.memory_limit_gb, "cpu" if config.devices == "cpu" else f"cuda:{rank}")
     make_deterministic(config)
-    world = join(rank, size, config.devices)
+    world = join(rank, size, config)
     control.join(world)
     recipe(config).run(config, world, control, memory)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
-from trainers.child.artifact import write_artifact
-from trainers.child.checkpoint import Position, Store, identity_of
+from trainers.child.artifact import Run, load_saved, write_artifact
+from trainers.child.checkpoint import Position, Store, Written, identity_of
 from trainers.child.control import Actions, Control
 from trainers.child.data import Plan
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure, describe, is_memory
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import Loaded
+from trainers.child.outputs.forms import require_forms
+from trainers.child.park import Parking, tensors_of
 from trainers.child.parted import whole_weights
 from trainers.child.world import World
 from trainers.config import TrainConfig
@@ -49,6 +54,8 @@ class MicroBatch:
 
 BEST_LOSS, BEST_STEP, NOT_BETTER = "best_validation_loss", "best_step", "evaluations_not_better"
 """In the metrics of a position: a run that resumes goes on counting."""
+OF_STEP = "weights_of_step"
+"""In the metrics of an artifact that has not the last weights but the best ones."""
 
 _NOT_MEASURES = ("rows", "samples")
 
@@ -84,19 +91,34 @@ class Session:
     plan: Plan
     evaluate: Callable[[], Fields] | None
     position: Position = field(default_factory=Position)
+    _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+    _writing: Future[None] | None = None
+    """The checkpoint that is on its way to the disk while the training goes on."""
 
     def open(self) -> None:
         """Stands where the checkpoint says, or at the start. Raises TrainFailure."""
         config = self.place.config
-        self.store = Store(config, self.place.world, identity_of(config, self.loaded.precision), self.loaded.precision)
+        require_forms(config)
+        identity = identity_of(config, self.loaded.precision)
+        self.store = Store(config, self.place.world, identity, self.loaded.precision)
         self.position = self.position.continued_by(self.place.world.size)
         if config.resume_from:
             self.position = self.store.read(Path(config.resume_from), self.engine)
-        self.place.control.attach(Actions(self._save, self.store.prune), self.position.step)
+        self._began = self.position.step
+        parking = Parking(self._tensors, self.place.world.device)
+        actions = Actions(self._save, self._prune, self._settle, parking.leave, parking.come_back)
+        self.place.control.attach(actions, self.position.step)
         self.place.memory.check()
 
     def run(self, trainer: Trainer, facts: DataFacts) -> None:
         """From where it stands to the artifact. Raises TrainFailure and Stopped."""
+        try:
+            self._run(trainer, facts)
+        finally:  # a run that fails keeps the checkpoint that it was writing
+            with contextlib.suppress(OSError, RuntimeError, SafetensorError):
+                self._settle()
+
+    def _run(self, trainer: Trainer, facts: DataFacts) -> None:
         control = self.place.control
         self._report_ready(facts)
         if self.position.step == 0:
@@ -112,6 +134,8 @@ class Session:
                 self._evaluate_during()
             control.between()
         control.save()  # one that stopped early
+        if self._keeps_best():
+            self._return_to_best()
         self._evaluate("after")
         self._finish()
 
@@ -122,7 +146,10 @@ class Session:
         metrics = {**self.position.metrics, "train_loss": done["loss"]}
         self.position = replace(self.position, step=step, metrics=metrics)
         control.step = step
+        self.store.journal.add("step", step, done)
         control.emit("step", step=step, epoch=self.plan.epoch(step), **done, seconds=time.monotonic() - began)
+        if self._writing is not None and self._writing.done():
+            self._settle()
 
     def _train(self, trainer: Trainer, step: int) -> Fields:
         """Again with half the micro-batch where the memory was too small; several ranks could not agree on that."""
@@ -140,16 +167,60 @@ class Session:
             warn(self.place.control, f"Step {step} ran out of memory; once more with {rows}.")
 
     def _save(self) -> None:
-        written = self.store.write(self.position, self.loaded.model, self.engine)
-        if written is not None:
-            self.place.control.emit(
-                "checkpoint",
-                step=written.step,
-                path=str(written.path),
-                bytes=written.bytes,
-                sha256=written.sha256,
-                metrics=self.position.metrics,
-            )
+        """One at a time: the disk sets the pace, and the system keeps one snapshot."""
+        self._settle()
+        finish = self.store.write(self.position, self.loaded.model, self.engine)
+        if finish is not None:
+            self._writing = self._disk.submit(self._finish_checkpoint, finish, self.position.metrics)
+
+    def _finish_checkpoint(self, finish: Callable[[], Written], metrics: Fields) -> None:
+        """In a thread of its own."""
+        written = finish()
+        self.place.control.emit(
+            "checkpoint",
+            step=written.step,
+            path=str(written.path),
+            bytes=written.bytes,
+            sha256=written.sha256,
+            metrics=metrics,
+        )
+
+    def _settle(self) -> None:
+        """Waits for the disk. Raises what the writing raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from tensors_of(self.loaded.model)
+        yield from self.engine.tensors()
+
+    def _prune(self, durable: int) -> None:
+        self.store.prune(durable, self.position.metrics.get(BEST_STEP) if self._keeps_best() else None)
+
+    # ── the best weights ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _keeps_best(self) -> bool:
+        """As `load_best_model_at_end` of transformers, which its early stopping asks for."""
+        hyper = self.place.config.hyperparams
+        wanted = hyper.load_best_model_at_end
+        return self.evaluate is not None and (wanted if wanted is not None else bool(hyper.early_stopping_patience))
+
+    def _return_to_best(self) -> None:
+        """The last weights compete too."""
+        if self.position.evaluated_step != self.position.step or BEST_STEP not in self.position.metrics:
+            self._evaluate("during")
+        best = self.position.metrics[BEST_STEP]
+        if best == self.position.step:
+            return
+        folder = self.store.weights_of(best, self._began)
+        if folder is None:
+            warn(self.place.control, f"The checkpoint of step {best} was not kept: the model has the last weights.")
+            return
+        load_saved(self.loaded.model, folder)
+        self.position = replace(self.position, metrics={**self.position.metrics, OF_STEP: best})
+        message = f"The model has the weights of step {best}, which had the lowest validation loss."
+        self.place.control.emit("log", level="info", message=message)
 
     # ── evaluation ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -158,11 +229,11 @@ class Session:
         if every and step % every == 0 and self.position.evaluated_step != step:
             self._evaluate("during")
             if self.position.metrics.get(BEST_STEP) == step:
-                self.place.control.save()  # the best so far must not wait for the clock
+                self.place.control.save(wait=False)  # the best so far must not wait for the clock
 
     def _evaluation_steps(self) -> int | None:
         hyper = self.place.config.hyperparams
-        once_an_epoch = self.plan.steps_per_epoch if hyper.early_stopping_patience else None
+        once_an_epoch = self.plan.steps_per_epoch if hyper.early_stopping_patience or self._keeps_best() else None
         return hyper.eval_steps or once_an_epoch
 
     def _evaluate(self, when: str) -> None:
@@ -175,6 +246,7 @@ class Session:
         if when == "during":
             metrics |= _compared(metrics, self.position.step)
         self.position = replace(self.position, evaluated_step=self.position.step, metrics=metrics)
+        self.store.journal.add("evaluated", self.position.step, fields)
         self.place.control.emit("evaluated", step=self.position.step, when=when, **fields)
 
     def _stops_early(self) -> bool:
@@ -213,12 +285,15 @@ class Session:
         control.state = "finishing"
         control.close()
         weights = whole_weights(self.loaded.model, world)
-        if world.rank == 0:
-            folder, hashes = write_artifact(self.loaded, self.place.config, self.position.metrics, weights)
-            control.state = "finished"
-            done = {"artifact": str(folder), "sha256": hashes, "metrics": self.position.metrics}
-            control.emit("finished", step=self.position.step, **done)
-        world.barrier()
+        if world.rank != 0:
+            return  # what follows can take longer than a rank may wait for another
+        run = Run(self.position.metrics, self.store.journal)
+        made = write_artifact(self.loaded, self.place.config, run, weights)
+        for message in made.left_out:
+            warn(control, message)
+        control.state = "finished"
+        done = {"artifact": str(made.folder), "sha256": made.sha256, "metrics": self.position.metrics}
+        control.emit("finished", step=self.position.step, **done)
 
 
 def _compared(metrics: Fields, step: int) -> Fields:

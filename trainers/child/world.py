@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from trainers.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,16 @@ class World:
         self.from_first(0)
 
 
-def join(rank: int, size: int, devices: str) -> World:
+def join(rank: int, size: int, config: TrainConfig) -> World:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT. Raises RuntimeError when they do not come."""
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    device = f"cuda:{local}" if devices == "cuda" else "cpu"
-    if devices == "cuda":
+    local, gpus = int(os.environ.get("LOCAL_RANK", rank)), config.devices == "cuda"
+    device = f"cuda:{local}" if gpus else "cpu"
+    if gpus:
         torch.cuda.set_device(local)
     if size == 1:
         return World(device=device)
-    dist.init_process_group("nccl" if devices == "cuda" else "gloo", rank=rank, world_size=size)
+    limit = timedelta(seconds=config.collective_timeout_s)
+    # also of the groups that DeepSpeed makes, which takes no limit of its own
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=size)
     return World(rank, size, device, dist.new_group(backend="gloo"))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from trainers.child.deepspeed_config import deepspeed_config, zero_stage
 from trainers.child.loss import SummedLoss
 from trainers.child.optimizer import MOMENTS, Named, Saved, adamw, trained
+from trainers.child.park import tensors_in
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -70,6 +71,9 @@ class ZeroEngine:
                     self._set(parameter, saved.read(f"{key}/{name}"), key)
             if self._copied:
                 self._set(parameter, saved.read(f"master/{name}"))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return tensors_in([vars(self._optimizer), dict(self._optimizer.optimizer.state)])
 
     @property
     def _flat(self) -> list[torch.Tensor]:

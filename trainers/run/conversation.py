@@ -302,10 +302,9 @@ def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:
     """A signal comes from outside (the kernel's memory killer, an operator): it may work again. One that ends by itself
     before it could speak does so each time."""
     if record["signal"] is not None:
-        name = signal.Signals(record["signal"]).name
-        return Outcome(JobState.RECOVERING, f"the training process was ended by {name}")
+        return _killed(f"the training process was ended by {signal.Signals(record['signal']).name}")
     if hello_heard:
-        return Outcome(JobState.RECOVERING, f"the training process left with exit code {record['exit_code']}")
+        return _killed(f"the training process left with exit code {record['exit_code']}")
     last = record["log_tail"][-1] if record["log_tail"] else "it printed nothing"
     failure = JobFailure(
         f"the training process ended with exit code {record['exit_code']} while it imported its packages: {last}",
@@ -313,3 +312,13 @@ def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:
         hint="See the job's log; most often a package of the environment does not fit the others.",
     )
     return Outcome(JobState.FAILED, failure.message, failure.as_dict())
+
+
+def _killed(how: str) -> Outcome:
+    failure = JobFailure(
+        how,
+        code="child_killed",
+        hint="It goes on from its last checkpoint. If it happens again, look at the node's memory: the kernel ends who has most.",
+        fixable_by="operator",
+    )
+    return Outcome(JobState.RECOVERING, how, failure.as_dict())

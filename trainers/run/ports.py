@@ -70,6 +70,10 @@ class Assignment:
     """The tenant's own user id, for sandboxes."""
     script: Script | None = None
     """Of method `custom`."""
+    best: LastCheckpoint | None = None
+    """The checkpoint with the lowest validation loss so far, where it is another one than `checkpoint`."""
+    outputs: tuple[str, ...] = ()
+    """More forms of the model that were asked for: merged, gguf."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,20 @@ from trainers.run.ports import Assignment
 
 CPU = "cpu"
 TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.jsonl", "adapter", "resume", "out"
-PROGRAM = "program"
+PROGRAM, BEST = "program", "best"
 """Below the scratch folder of the attempt."""
+ALWAYS = ("curves", "tensorboard")
+"""Outputs that every artifact has where the environment has their libraries."""
+_NO_WEIGHTS = (
+    "state.json",
+    "random.pt",
+    "optimizer-",
+    "history.jsonl",
+    "curves.png",
+    "merged/",
+    "gguf/",
+    "tensorboard/",
+)
 
 T = TypeVar("T")
 Files = dict[str, tuple[str, str]]
@@ -84,13 +96,15 @@ def attempt_files(assignment: Assignment, storage: ObjectStore) -> Files:
         files |= _below(RESUME, assignment.checkpoint.prefix, assignment.checkpoint.files)
     if assignment.script:
         files |= _below(PROGRAM, assignment.script.prefix, assignment.script.files)
+    if assignment.best:
+        files |= _below(BEST, assignment.best.prefix, weights_of(assignment.best.files))
     return files
 
 
 def weights_of(files: dict[str, str]) -> dict[str, str]:
-    """Of a checkpoint without what only the run that wrote it can use: optimizer states and the position."""
-    of_the_run = ("state.json", "random.pt", "optimizer-", "rank-")
-    return {name: sha256 for name, sha256 in files.items() if not name.startswith(of_the_run)}
+    """Of a checkpoint without what only the run that wrote it can use: optimizer states, the position and the journal; of a
+    version without its other forms."""
+    return {name: sha256 for name, sha256 in files.items() if not name.startswith(_NO_WEIGHTS)}
 
 
 def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:
@@ -131,6 +145,8 @@ def train_config(
         entrypoint=script.entrypoint if script else None,
         code=f"{scratch}/{PROGRAM}" if script and script.files else None,
         params=script.params if script else {},
+        best_checkpoint=f"{scratch}/{BEST}" if assignment.best else None,
+        outputs=[*assignment.outputs, *ALWAYS],
     )
 
 

@@ -62,6 +62,9 @@ class What:
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="custom: for the script.", rich_help_panel=MODEL)
     ] = None
     output_model: Annotated[str | None, typer.Option(help="Name of the result.", rich_help_panel=MODEL)] = None
+    output: Annotated[
+        list[str] | None, typer.Option(help="A form beside the adapter: merged, gguf.", rich_help_panel=MODEL)
+    ] = None
     suffix: Annotated[str | None, typer.Option(rich_help_panel=MODEL)] = None
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", rich_help_panel=MODEL)] = None
 
@@ -158,6 +161,7 @@ def body_of(what: What, where: Where) -> dict[str, Any]:
         "task": what.task,
         "hyperparams": hyper or None,
         "output_model": what.output_model,
+        "outputs": what.output or None,
         "suffix": what.suffix,
         "metadata": assignments(what.metadata or [], "--metadata") or None,
         "resource_config": resources or None,

@@ -13,7 +13,6 @@ import typer
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from app.cli.client import Client
 from app.cli.command import command, group
 from app.cli.errors import Corrupt, HostProblem
 from app.cli.output import pairs, table
@@ -90,6 +89,7 @@ def download(
     ref: Ref,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder (or file with --tar).")] = None,
     tar: Annotated[bool, typer.Option("--tar", help="Keep the archive as it is.")] = False,
+    output: Annotated[str | None, typer.Option(help="Another form of it: merged or gguf.")] = None,
 ) -> None:
     """Fetches the files, checks their sha256, unpacks them."""
     target = out or Path(ref.replace("/", "_").replace("@", "-") + (".tar" if tar else ""))
@@ -98,7 +98,7 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".heliostat-") as aside:
         archive = Path(aside) / "model.tar"
-        digest = _fetch(session, session.client(), ref, archive)
+        digest = _fetch(session, ref, output, archive)
         if tar:
             archive.rename(target)
         else:
@@ -107,12 +107,13 @@ def download(
     session.out.show(done, lambda: pairs([("saved", target), ("sha256", digest)]))
 
 
-def _fetch(session: Session, client: Client, ref: str, archive: Path) -> str:
+def _fetch(session: Session, ref: str, output: str | None, archive: Path) -> str:
     """The archive's sha256, which is the one that the service told."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     digest = hashlib.sha256()
     with Progress(*columns, console=session.out.errors, transient=True, disable=not session.out.live) as bar:
-        with client.stream(f"/models/{ref}/download") as response, archive.open("wb") as sink:
+        body = session.client().stream(f"/models/{ref}/download", output=output)
+        with body as response, archive.open("wb") as sink:
             task = bar.add_task(ref, total=int(response.headers.get("content-length", 0)) or None)
             for chunk in response.iter_bytes(1 << 20):
                 sink.write(chunk)

@@ -101,6 +101,9 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"hyperparams": {"epochs": True}}, 422, "invalid_value", "hyperparams.epochs"),
     ({"hyperparams": {"lr": 1e-3, "learning_rate": 1e-4}}, 422, "invalid_value", "hyperparams.learning_rate"),
     ({"hyperparams": {"early_stopping_patience": 2}}, 422, "invalid_value", "hyperparams.early_stopping_patience"),
+    ({"hyperparams": {"load_best_model_at_end": True}}, 422, "invalid_value", "hyperparams.load_best_model_at_end"),
+    ({"outputs": ["onnx"]}, 422, "invalid_value", "outputs.0"),
+    ({"outputs": ["merged"], "training_type": "full"}, 422, "invalid_value", "outputs"),
     ({"hyperparams": {"use_rslora": True}, "training_type": "full"}, 422, "invalid_value", "hyperparams.use_rslora"),
     ({"hyperparams": {"zero_stage": 4}}, 422, "invalid_value", "hyperparams.zero_stage"),
     ({"hyperparams": {"offload": "disk"}}, 422, "invalid_value", "hyperparams.offload"),
@@ -270,6 +273,15 @@ def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None
         "early_stopping_patience": 2, "n_checkpoints": 3, "packing": False,
     }  # fmt: skip
     assert hyperparams["use_rslora"] is True and hyperparams["validation_split"] == 0.25
+
+
+def test_forms_that_were_asked_for_reach_the_attempt(api: Api, acme: httpx.Client) -> None:
+    job = acme.post("/finetune", json={**MINIMAL, "outputs": ["adapter", "merged", "gguf"]}).json()
+    with api.database.platform() as session:
+        assert session.get_one(Job, job["id"]).request["outputs"] == ["adapter", "merged", "gguf"]
+        session.scalars(select(BaseModel).where(BaseModel.name == "tiny")).one().config = {"model_type": "gpt2"}
+    error = refused(acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"]}), 422)
+    assert (error["code"], error["param"]) == ("output_unsupported", "outputs")
 
 
 def test_training_goes_on_from_a_checkpoint(api: Api, acme: httpx.Client) -> None:

@@ -132,6 +132,25 @@ def test_a_download_is_a_tar_whose_hash_is_told(api: Api, acme: httpx.Client) ->
     assert acme.get("/models/tuned@1/download").content == answer.content
 
 
+def test_each_form_of_a_version_is_a_download_of_its_own(api: Api, acme: httpx.Client) -> None:
+    add_versions(api, 1)
+    with api.database.platform() as session:
+        row = session.get_one(ModelVersion, "mv-1")
+        row.files = {**row.files, "merged/config.json": api.storage.put_bytes(f"{row.prefix}/merged/config.json", b"m")}
+
+    def names(query: str) -> list[str]:
+        answer = acme.get(f"/models/tuned/download{query}")
+        with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+            return tar.getnames()
+
+    plain = ["tuned-1/adapter.bin", "tuned-1/sub/config.json"]
+    assert (names(""), names("?output=adapter")) == (plain, plain)
+    assert names("?output=merged") == ["tuned-1-merged/config.json"]
+    missing = acme.get("/models/tuned/download?output=gguf")
+    assert (missing.status_code, code(missing)) == (404, "output_not_found") and "merged" in missing.text
+    assert acme.get("/models/tuned/download?output=onnx").status_code == 422
+
+
 def test_a_damaged_file_is_not_handed_out(api: Api, acme: httpx.Client) -> None:
     add_versions(api, 1)
     api.storage.put_bytes("tenants/acme/models/job1/a1/adapter.bin", b"y" * 3000)

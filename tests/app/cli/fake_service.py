@@ -196,8 +196,8 @@ def _data_routes(app: FastAPI, service: FakeService) -> None:
         return {"rows": [{"row": 1, "spans": spans}]}
 
     @app.get("/api/v1/models/{ref}/download")
-    async def download(ref: str) -> Response:
-        archive = tar({"adapter.bin": b"weights" * 1000})
+    async def download(ref: str, output: str = "adapter") -> Response:
+        archive = tar({f"{output}.bin": b"weights" * 1000})
         digest = hashlib.sha256(archive).hexdigest()
         return Response(archive[:-1] + b"x" if service.damaged else archive, headers={"x-content-sha256": digest})
 

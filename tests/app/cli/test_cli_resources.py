@@ -52,6 +52,11 @@ def test_download_is_checked_and_unpacked(cli: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_another_form_is_downloaded_by_name(cli: Run, tmp_path: Path) -> None:
+    assert cli("models", "download", "tuned", "--output", "merged", "--out", str(tmp_path / "out")).code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged.bin"]
+
+
 def test_download_as_tar(cli: Run, tmp_path: Path) -> None:
     file = tmp_path / "model.tar"
     assert cli("models", "download", "tuned", "--tar", "-o", str(file)).code == 0

@@ -227,6 +227,14 @@ def test_the_assignment_has_all_that_an_attempt_needs(
     assert (got.hyperparams.lr, got.hyperparams.epochs, got.memory_limit_gb) == (0.5, 2, 3)
     assert (got.validation_key, got.validation_sha256) == ("v.jsonl", "1" * 64)
     assert got.checkpoint is not None and (got.checkpoint.step, got.checkpoint.prefix) == (10, "ck/10")
+    assert got.best is None and got.outputs == ()
+    store.commit_checkpoint(job_id, 1, 12, "ck/12", {"w": "4"}, {"best_step": 4})
+    best = store.assignment(job_id, 1).best
+    assert best is not None and (best.step, best.prefix, best.files) == (4, "ck/4", {"w": "2"})
+    told = ((14, 14), (16, 11), (18, "4"), (20, None))  # itself, one that was not kept, and what a child may say
+    for step, said in told:
+        store.commit_checkpoint(job_id, 1, step, f"ck/{step}", {"w": "4"}, {"best_step": said})
+        assert store.assignment(job_id, 1).best is None
     assert (got.base_model_name, got.base_model_prefix, got.adapter_prefix) == ("tiny", "base-models/tiny", None)
 
 

@@ -229,27 +229,58 @@ def test_saved_checkpoints_make_older_ones_go(child: Child, long_run: TrainConfi
     until(lambda: sorted(path.name for path in folder.iterdir()) == steps[1:])
 
 
-def lines_of(command: list[str]) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+WITHOUT_THE_HOUSE = """
+import importlib.machinery, sys
+HOUSE = {"app", "cluster", "runtime_envs", "ray", "fastapi", "starlette", "sqlalchemy", "psycopg", "pyarrow", "typer", "rattler"}
+sys.meta_path[:] = [one for one in sys.meta_path if getattr(one, "__name__", "") != "_EditableFinder"]
+find = importlib.machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    if name.split(".")[0] not in HOUSE and not name.startswith("trainers.run"):
+        return find(name, path, target)
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+"""
+"""A `sitecustomize.py`: an environment where none of it is installed."""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment variables of an interpreter without Ray and the rest of the platform; torchrun's processes inherit it."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(WITHOUT_THE_HOUSE)
+    path = f"{tmp_path / 'bare'}:{Path(__file__).parents[3]}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+
+def lines_of(command: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_main_trains_without_a_cluster(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_the_bare_environment_has_no_ray(bare: dict[str, str]) -> None:
+    program = "import json, ray"
+    done = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True, check=False)
+    assert "No module named 'ray'" in done.stderr
+
+
+def test_main_trains_without_a_cluster(
+    child: Child, bare: dict[str, str], tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", max_steps=3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    lines = lines_of([sys.executable, "-m", "trainers.child.main", str(tmp_path / "config.json")])
+    lines = lines_of([sys.executable, "-m", "trainers.child.main", str(tmp_path / "config.json")], bare)
     assert lines[0]["type"] == "hello" and lines[-1]["type"] == "finished"
     steps = [line for line in lines if line["type"] == "step"]
     assert numbers(steps) == numbers(child.run(replace(config, output_dir=str(tmp_path / "2"))))
 
 
 @pytest.mark.integration  # fresh interpreters that import torch and transformers
-def test_main_is_a_rank_under_torchrun(child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_main_is_a_rank_under_torchrun(
+    child: Child, bare: dict[str, str], tiny_llama: Path, capitals: Path, tmp_path: Path
+) -> None:
     config = make_config(tiny_llama, capitals, tmp_path / "1", max_steps=2, world_size=2)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    lines = lines_of([*torchrun, "trainers.child.main", str(tmp_path / "config.json")])
+    lines = lines_of([*torchrun, "trainers.child.main", str(tmp_path / "config.json")], bare)
     assert lines[-1]["type"] == "finished"
     steps = [line for line in lines if line["type"] == "step"]
     assert numbers(steps) == numbers(child.run(replace(config, output_dir=str(tmp_path / "2"))))

@@ -19,7 +19,7 @@ from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
 from trainers.run.ports import LastCheckpoint
-from trainers.run.preparing import attempt_files
+from trainers.run.preparing import attempt_files, train_config
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -121,10 +121,23 @@ def test_of_a_checkpoint_to_begin_with_the_weights_are_staged_only(tmp_path: Pat
     ]
 
 
+def test_the_best_checkpoint_so_far_is_staged_beside_the_last(tmp_path: Path) -> None:
+    made = world(tmp_path, outputs=("merged",))
+    files = {
+        name: made.storage.put_bytes(f"best/{name}", b"x") for name in ("adapter.bin", "state.json", "random.pt")
+    }
+    object.__setattr__(made.store.given, "best", LastCheckpoint(2, 1, "best", files))
+    staged = attempt_files(made.store.given, made.storage)
+    assert [name for name in staged if name.startswith("best")] == ["best/adapter.bin"]
+    config = train_config(made.store.given, made.driver._settings, "base", "scratch", 1)
+    assert config.best_checkpoint == "scratch/best" and config.outputs == ["merged", "curves", "tensorboard"]
+
+
 def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:
     store = run(world(tmp_path, does.DIES)).store
     assert store.state is JobState.RECOVERING
     assert "SIGKILL" in store.moves[-1][1]
+    assert store.error is not None and store.error["code"] == "child_killed" and "memory" in str(store.error["hint"])
     assert list(store.steps) == [1, 2, 3]
 
 

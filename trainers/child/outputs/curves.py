@@ -16,9 +16,9 @@ TOGETHER = {"train/loss": "loss", "validation/loss": "loss"}
 def draw(history: History, file: Path) -> None:
     """Raises TrainFailure when there is nothing to draw or matplotlib is not there."""
     _require_points(history)
-    matplotlib = _library("matplotlib")
+    matplotlib = require_library("matplotlib")
     matplotlib.use("Agg")
-    pyplot = _library("matplotlib.pyplot")
+    pyplot = require_library("matplotlib.pyplot")
     panels = sorted({TOGETHER.get(name, name) for name in history.series}, key=lambda name: (name != "loss", name))
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 2.4 * len(panels)), sharex=True, squeeze=False)
     try:
@@ -45,7 +45,7 @@ def _panel(axis: Any, panel: str, history: History) -> None:
 def write_events(history: History, folder: Path) -> None:
     """What `tensorboard --logdir` reads. Raises TrainFailure as `draw`."""
     _require_points(history)
-    with _library("tensorboardX").SummaryWriter(logdir=str(folder)) as writer:
+    with require_library("tensorboardX").SummaryWriter(logdir=str(folder)) as writer:
         for name, points in history.series.items():
             for step, value in points:
                 writer.add_scalar(name, value, step)
@@ -57,7 +57,8 @@ def _require_points(history: History) -> None:
         raise TrainFailure("no_history", "There is no step and no evaluation to show.", hint=hint)
 
 
-def _library(name: str) -> Any:
+def require_library(name: str) -> Any:
+    """The module. Raises TrainFailure."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -27,7 +27,7 @@ def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: str = "d
     """`kind`: of the matrices, f32, f16 or bf16; norms stay f32. `pretokenizer`: llama.cpp's name of the rule by which text is
     split before BPE (`llama-bpe`, `smollm`, …), which a tokenizer.json does not say. Raises TrainFailure."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _require_known(config, kind)
+    require_known(config, kind)
     gguf = importlib.import_module("gguf")
     temporary = file.with_name(f".{file.name}.tmp")
     with Shards(folder) as shards:
@@ -45,7 +45,8 @@ def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: str = "d
     temporary.replace(file)
 
 
-def _require_known(config: Config, kind: str) -> None:
+def require_known(config: Config, kind: str) -> None:
+    """Raises TrainFailure for a model that this cannot write so that it means the same."""
     if kind not in TYPES:
         raise _refused(f"{kind!r} is no type of weights.", f"Use one of {', '.join(TYPES)}.")
     model = config.get("model_type")

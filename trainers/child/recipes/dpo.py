@@ -81,6 +81,9 @@ class WithReference:
         self.reference.update({rows: saved.read(f"reference/{rows}") for rows in ("train", "validation")})
         self.engine.load_state(saved)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return self.engine.tensors()
+
 
 @dataclass(frozen=True)
 class Policy:

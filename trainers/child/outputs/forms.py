@@ -1,0 +1,63 @@
+"""More forms of a model, made beside it in its artifact at the end of a run. A form that cannot be made is left out and named: the
+training was not for nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import List
+
+from trainers.child.failure import TrainFailure
+from trainers.child.outputs.curves import draw, require_library, write_events
+from trainers.child.outputs.history import Journal
+from trainers.child.outputs.merged import merge
+from trainers.child.outputs.to_gguf import require_known, to_gguf
+from trainers.config import TrainConfig
+
+MERGED, GGUF, CURVES, TENSORBOARD = "merged", "gguf", "curves", "tensorboard"
+GGUF_FILE = "model.gguf"
+
+
+def require_forms(config: TrainConfig) -> None:
+    """Before the first step: what this model could never become. Raises TrainFailure."""
+    wanted = {MERGED, GGUF} & set(config.outputs)
+    if wanted and config.task != "causal_lm":
+        message = f"The output {sorted(wanted)[0]} is made of causal language models, not of a {config.task} model."
+        raise TrainFailure("output_unsupported", message, hint="Leave it out.")
+    if GGUF in wanted:
+        require_library("gguf")
+        require_known(json.loads((Path(config.base_model) / "config.json").read_text(encoding="utf-8")), "bf16")
+
+
+def add_forms(folder: Path, config: TrainConfig) -> List[str]:
+    """Writes `merged/` and `gguf/model.gguf` into `folder`, which holds the model; why one is left out, a sentence each. Raises
+    OSError and SafetensorError when the disk is full."""
+    left_out: List[str] = []
+    adapts = (folder / "adapter_config.json").is_file()
+    whole = folder / MERGED if adapts else folder
+    try:
+        if adapts and {MERGED, GGUF} & set(config.outputs):
+            merge(Path(config.base_model), folder, whole)
+        if GGUF in config.outputs:
+            (folder / GGUF).mkdir()
+            to_gguf(whole, folder / GGUF / GGUF_FILE)
+    except TrainFailure as failure:
+        left_out.append(f"The model is stored without its other forms: {failure.message}")
+        shutil.rmtree(folder / GGUF, ignore_errors=True)
+    if MERGED not in config.outputs:
+        shutil.rmtree(folder / MERGED, ignore_errors=True)
+    return left_out
+
+
+def add_curves(folder: Path, outputs: Sequence[str], journal: Journal) -> None:
+    """`curves.png` and `tensorboard/`, each where its library is in the environment."""
+    history = journal.history()
+    if not history.series:
+        return
+    if CURVES in outputs and importlib.util.find_spec("matplotlib") is not None:
+        draw(history, folder / "curves.png")
+    if TENSORBOARD in outputs and importlib.util.find_spec("tensorboardX") is not None:
+        write_events(history, folder / TENSORBOARD)
