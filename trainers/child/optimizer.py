@@ -73,6 +73,6 @@ class Saved:
         return name in self._files
 
     def read(self, name: str) -> torch.Tensor:
-        """Raises KeyError."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        """A copy: what is read maps the file, which may go. Raises KeyError."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name).clone()
         return tensor

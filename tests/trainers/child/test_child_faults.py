@@ -94,7 +94,7 @@ def test_a_disk_without_room_for_the_model_keeps_the_last_checkpoint(
 def test_who_dies_while_it_deletes_leaves_no_half_checkpoint_under_its_name(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(make_config(tiny_llama, tmp_path, tmp_path, keep_checkpoints=1), World(), "")
+    store = Store(make_config(tiny_llama, tmp_path, tmp_path, keep_checkpoints=1), World(), "", "fp32")
     for step in (1, 2):
         (store.folder / f"step-{step:08d}").mkdir(parents=True)
 
@@ -128,7 +128,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
     undisturbed = train(config)
 
     def flip(engine: PlainEngine) -> None:
-        gradient = engine._parameters[0].grad
+        gradient = engine._trained[0].parameter.grad
         assert gradient is not None
         gradient.view(-1)[0] = float("nan")
 
