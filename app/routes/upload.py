@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import IO, Any
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -42,6 +42,20 @@ MULTIPART: dict[str, Any] = {
 
 
 @asynccontextmanager
+async def read_file(request: Request, max_bytes: int) -> AsyncIterator[IO[bytes]]:
+    """One `file` and nothing else; as `read_upload`."""
+    form = await _parsed(request, max_bytes)
+    try:
+        if set(form) - {"file"}:
+            raise InvalidRequest(
+                "a form with one `file` is meant", code="unknown_field", param=min(set(form) - {"file"})[:80]
+            )
+        yield _upload(form).file
+    finally:
+        await form.close()
+
+
+@asynccontextmanager
 async def read_upload(request: Request, max_bytes: int) -> AsyncIterator[Upload]:
     """Raises `TooLarge`, `InvalidRequest`. Whatever happens, the temporary file is gone afterwards."""
     form = await _parsed(request, max_bytes)
@@ -55,7 +69,7 @@ async def _parsed(request: Request, max_bytes: int) -> FormData:
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         cause = HeliostatError(
-            "a dataset is uploaded as multipart/form-data",
+            "a file is uploaded as multipart/form-data",
             code="unsupported_media_type",
             hint="For instance `curl -F file=@rows.jsonl -F name=my-data …`.",
         )

@@ -30,6 +30,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /finetune/estimate": {"json": MINIMAL},
     "POST /datasets": {"files": {"file": ("x.jsonl", ROWS)}},
     "POST /environments": {"json": {"spec": "name: x\n"}},
+    "POST /environments/import": {"files": {"file": ("x.tar.gz", b"x")}},
     "POST /environments/{ref}/update": {"json": {"add": ["six"]}},
     "PUT /models/{ref}/aliases/{alias}": {"json": {"version": 1}},
     "POST /models/{ref}/rollback": {"json": {}},
