@@ -14,7 +14,7 @@ from app.auth.issuer import Issuer
 from app.db.session import Database
 from app.deps import known_parameters
 from app.middleware import RequestContext
-from app.routes import cluster, code, datasets, environments, events, finetune, health, models, tenants
+from app.routes import bundles, cluster, code, datasets, environments, events, finetune, health, models, tenants
 from app.schemas.common import ErrorBody
 from app.services.changes import Changes
 from app.services.parts import CheckEnvironment, Parts, SolvedEnvironment
@@ -50,12 +50,14 @@ def create_app(parts: AppParts, *, under_serve: bool = False) -> FastAPI:
     app.add_middleware(
         RequestContext,
         max_body_bytes=parts.settings.http.max_body_bytes,
-        uploads=frozenset({f"{API}{datasets.router.prefix}", f"{API}{code.router.prefix}"}),
+        uploads=frozenset(
+            f"{API}{path}" for path in (datasets.router.prefix, code.router.prefix, f"{bundles.router.prefix}/import")
+        ),
         id_is_sent_outside=under_serve,
     )
     errors.install(app)
     api = APIRouter(prefix=API, dependencies=[Depends(known_parameters)])
-    for module in (events, finetune, datasets, code, environments, models, cluster, tenants):
+    for module in (events, finetune, datasets, code, bundles, environments, models, cluster, tenants):
         api.include_router(module.router)
     app.include_router(api)
     app.include_router(health.router)

@@ -129,6 +129,15 @@ class EnvironmentSettings(BaseModel):
     disk_gb: float | None = Field(None, gt=0)
     """GiB on each node for environments and their caches; what was not used for longest goes first, what a job uses stays.
     None: as much as there is."""
+    full_check_at: str | None = Field("03:00", pattern=r"^([01]\d|2[0-3]):[0-5]\d$")
+    """HH:MM of a node's clock: all of its environments are read and repaired each day, some minutes later on each node. None:
+    only when asked for."""
+    bundle_key_file: Path | None = None
+    """The Ed25519 key (PEM) that signs bundles, the same for all replicas; None: `keys/bundles.pem` under the data folder."""
+    trusted_keys: dict[str, str] = {}
+    """Whose bundles may be imported beside our own: a name → the public key (Base64) that the refusal tells."""
+    max_bundle_gb: float = Field(20.0, gt=0)
+    """GiB of one that is sent to us."""
 
     @field_validator("channels")
     @classmethod

@@ -3,9 +3,7 @@ and variables on the node say the rest, so that no secret travels."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,8 +13,9 @@ from app.auth.verify import make_verifier
 from app.db.job_store import SqlJobStore
 from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database, PoolSettings
+from app.environment_places import conda_places, disk_budget, from_storage, pip_index
 from app.importer import ImporterParts
-from app.settings import GIB, SchedulerTimes, Settings, load_settings
+from app.settings import SchedulerTimes, Settings, load_settings
 from cluster.client import check_environment
 from cluster.errors import EnvironmentError_, HeliostatError
 from cluster.ports import (
@@ -28,12 +27,10 @@ from cluster.ports import (
     SchedulerSettings,
 )
 from cluster.storage.objects import ObjectStore
-from runtime_envs.budget import Budget
-from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
 from runtime_envs.environments import Environments
 from runtime_envs.environments import solve_environment as solve
 from runtime_envs.errors import EnvironmentProblem
-from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.fingerprint import identity
 from runtime_envs.lock import Solved
 from runtime_envs.sandbox.spec import Isolation
 from trainers.run.launch import RayDriverLauncher
@@ -111,43 +108,19 @@ def agent_parts() -> AgentParts:
     settings = load_settings()
     node = settings.node
     return AgentParts(
-        NodeEnvironments(settings.node_root, pip_index(settings), disk_budget(settings)),
-        NodeSettings(settings.node_root, settings.objects_url, **node.model_dump()),
+        NodeEnvironments(node_environments(settings)),
+        NodeSettings(
+            settings.node_root,
+            settings.objects_url,
+            full_check_at=settings.environments.full_check_at,
+            **node.model_dump(),
+        ),
     )
 
 
 def importer_parts() -> ImporterParts:
     settings = load_settings()
     return ImporterParts(database(settings, size=2), ObjectStore(settings.objects_url), settings)
-
-
-def pip_index(settings: Settings) -> PipIndex:
-    """The settings' places, else the machine's own pip configuration."""
-    cache = settings.data_dir / "cache" / "uv"
-    if settings.pip_index_url is None and not settings.pip_find_links:
-        return replace(machine_index(), cache_dir=cache)
-    return PipIndex(
-        cache_dir=cache,
-        index_url=settings.pip_index_url,
-        find_links=tuple(settings.pip_find_links),
-        offline=settings.pip_index_url is None,
-    )
-
-
-def disk_budget(settings: Settings) -> Budget | None:
-    allowed = settings.environments.disk_gb
-    return None if allowed is None else Budget(int(allowed * GIB))
-
-
-def conda_places(settings: Settings) -> CondaPlaces:
-    allowed = settings.environments
-    policy = CondaPolicy(
-        channels=allowed.channels,
-        denied=frozenset(allowed.denied_packages),
-        max_packages=allowed.max_packages,
-        max_bytes=int(allowed.max_gb * GIB),
-    )
-    return CondaPlaces(policy, settings.data_dir / "cache" / "conda", pip_index(settings))
 
 
 def solve_environment(settings: Settings, text: str) -> Solved:
@@ -158,11 +131,17 @@ def solve_environment(settings: Settings, text: str) -> Solved:
         raise of_the_house(problem) from problem
 
 
+def node_environments(settings: Settings) -> Environments:
+    """Of this machine."""
+    fetch = from_storage(ObjectStore(settings.objects_url))
+    return Environments(settings.node_root, pip_index(settings), disk_budget(settings), fetch)
+
+
 class NodeEnvironments:
     """`cluster.ports.EnvironmentStore` over `runtime_envs`, which knows nothing of the cluster's errors."""
 
-    def __init__(self, root: Path, index: PipIndex, budget: Budget | None = None) -> None:
-        self._environments = Environments(root, index, budget)
+    def __init__(self, environments: Environments) -> None:
+        self._environments = environments
 
     def materialize(self, lock: dict[str, Any]) -> PreparedEnvironment:
         try:
@@ -170,6 +149,9 @@ class NodeEnvironments:
         except EnvironmentProblem as problem:
             raise of_the_house(problem) from problem
         return PreparedEnvironment(made.fingerprint, made.prefix, made.python, made.stages)
+
+    def fingerprint(self, lock: dict[str, Any]) -> str:
+        return identity(lock)
 
     def ready(self) -> frozenset[str]:
         return self._environments.ready()

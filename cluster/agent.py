@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.core.job import Node
 from cluster.detect import detect
+from cluster.environment_checks import EnvironmentChecks, Note
 from cluster.ports import AgentParts, CheckedEnvironment, EnvironmentStore, NodeReport
 from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
@@ -23,6 +24,7 @@ _NUMBER = re.compile(r"\d{1,12}(\.\d+)?")
 @dataclass(frozen=True)
 class _Opened:
     environments: EnvironmentStore
+    checks: EnvironmentChecks
     staging: Staging
     offer: Node
     notice_file: Path | None
@@ -32,9 +34,10 @@ class NodeAgent:
     """Looks at the machine with the first call; what the node offers does not change while its agent lives. Every method
     raises `InvalidRequest` or `Unavailable` while the node cannot say what it offers, and tries again when called again."""
 
-    def __init__(self, name: str, wiring: Callable[[], AgentParts]) -> None:
+    def __init__(self, name: str, wiring: Callable[[], AgentParts], note: Note = lambda check: None) -> None:
         self._name = name
         self._wiring = wiring
+        self._note = note
         self._opened: _Opened | None = None
         self._opening = threading.Lock()
 
@@ -44,7 +47,10 @@ class NodeAgent:
                 parts = self._wiring()
                 staging = Staging(parts.settings.root, ObjectStore(parts.settings.storage_url))
                 offer = detect(self._name, parts.settings)
-                self._opened = _Opened(parts.environments, staging, offer, parts.settings.notice_file)
+                checks = EnvironmentChecks(parts.environments, self._note)
+                if parts.settings.full_check_at:
+                    checks.start_daily(parts.settings.full_check_at, self._name)
+                self._opened = _Opened(parts.environments, checks, staging, offer, parts.settings.notice_file)
             return self._opened
 
     def report(self) -> NodeReport:
@@ -54,17 +60,17 @@ class NodeAgent:
         has, draining = here.environments.ready(), leaves_at is not None
         node = replace(here.offer, environments=has, models=here.staging.models(), draining=draining)
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
-        return NodeReport(node, ours, leaves_at)
+        return NodeReport(node, ours, leaves_at, here.checks.last(has))
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`."""
-        made = self._open().environments.materialize(lock)
+        made = self._open().checks.prepare(lock)
         places = {"prefix": str(made.prefix), "python": str(made.python)}
         return {"fingerprint": made.fingerprint, **places, "stages": dict(made.stages)}
 
     def check_environment(self, fingerprint: str, repair: bool) -> CheckedEnvironment | None:
         """None: it is not on this node. Reads all of it (seconds). Raises `EnvironmentError_`."""
-        return self._open().environments.check(fingerprint, repair=repair)
+        return self._open().checks.check(fingerprint, repair=repair)
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         """The folder with the model. Raises `NotFound`, `Conflict` (`object_damaged`)."""

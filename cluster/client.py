@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from cluster.agent import NodeAgent
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from cluster.metrics import RayWatch
+from cluster.metrics import RayWatch, environment_counters
 from cluster.ports import AgentParts, CheckedEnvironment, NodeReport, SchedulerParts
 from cluster.scheduler import Scheduler
 
@@ -196,7 +196,7 @@ class AgentActor(NodeAgent):
 
     def __init__(self, name: str, wiring: AgentWiring) -> None:
         logging.basicConfig(level=logging.INFO)
-        super().__init__(name, wiring)
+        super().__init__(name, wiring, environment_counters(name))
 
     @ray.method(concurrency_group="control")
     def report(self) -> NodeReport:

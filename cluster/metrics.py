@@ -1,39 +1,19 @@
-"""What operators watch of the scheduler, for Prometheus through Ray's own exporter. Labels name tenants, never jobs."""
+"""What operators watch, for Prometheus through Ray's own exporter. To be made in a process of Ray's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from ray.util.metrics import Counter, Gauge, Histogram
+
+from cluster.environment_checks import Note
+from cluster.ports import EnvironmentCheck
 
 WAITS_S = [0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600]
 
 
-class Watch(Protocol):
-    """`status`: queued, running or parked. `how`: park, suspend or resume."""
-
-    def waited(self, tenant: str, seconds: float) -> None: ...
-
-    def switched(self, tenant: str, how: str) -> None: ...
-
-    def jobs(self, counts: Mapping[tuple[str, str], int]) -> None:
-        """(tenant, status) → how many now."""
-        ...
-
-
-class Unwatched:
-    """Where there is no Ray."""
-
-    def waited(self, tenant: str, seconds: float) -> None: ...
-
-    def switched(self, tenant: str, how: str) -> None: ...
-
-    def jobs(self, counts: Mapping[tuple[str, str], int]) -> None: ...
-
-
 class RayWatch:
-    """To be made in a process of Ray's; told from one thread."""
+    """`cluster.watch.Watch`; told from one thread."""
 
     def __init__(self) -> None:
         waits = "From when a job was queued, or had to give way, until it got its slots."
@@ -56,3 +36,20 @@ class RayWatch:
             if self._shown.get((tenant, status)) != count:
                 self._jobs.set(count, {"tenant": tenant, "status": status})
         self._shown = then
+
+
+def environment_counters(node: str) -> Note:
+    """Counts checks of environments, and those that found changed files."""
+    checks = Counter(
+        "heliostat_environment_checks_total", "Checks of environments on a node.", tag_keys=("node", "kind", "status")
+    )
+    corruptions = Counter(
+        "heliostat_environment_corruptions_total", "Checks that found changed files.", tag_keys=("node",)
+    )
+
+    def note(check: EnvironmentCheck) -> None:
+        checks.inc(tags={"node": node, "kind": check.kind, "status": check.status})
+        if check.status in ("damaged", "repaired"):
+            corruptions.inc(tags={"node": node})
+
+    return note

@@ -129,13 +129,26 @@ class DriverLauncher(Protocol):
 
 
 @dataclass(frozen=True)
+class EnvironmentCheck:
+    """`kind`: `quick` (sizes and times, before each use) or `full` (all contents). `status`: `ok`, `damaged`, `repaired`, or
+    `failed` to repair or to read. `detail`: files, or why. `at`: Unix seconds of the node's clock."""
+
+    fingerprint: str
+    kind: str
+    status: str
+    detail: str
+    at: float
+
+
+@dataclass(frozen=True)
 class NodeReport:
     """What a node's agent sees: what it offers, and the attempts with a living process on it. `leaves_at`: it was told that
-    it goes away then (Unix seconds)."""
+    it goes away then (Unix seconds). `checks`: the newest of each environment and kind."""
 
     node: Node
     attempts: frozenset[Attempt] = frozenset()
     leaves_at: float | None = None
+    checks: tuple[EnvironmentCheck, ...] = ()
 
 
 class Nodes(Protocol):
@@ -169,12 +182,20 @@ class CheckedEnvironment:
     repaired: bool = False
     environments: tuple[str, ...] = ()
 
+    @property
+    def status(self) -> str:
+        return "repaired" if self.repaired else "damaged" if self.damaged else "ok"
+
 
 class EnvironmentStore(Protocol):
     """Environments on one node (`runtime_envs.materialize`)."""
 
     def materialize(self, lock: dict[str, Any]) -> PreparedEnvironment:
         """Makes the prefix of this lock, or finds it; safe under concurrency and SIGKILL. Raises EnvironmentError_."""
+        ...
+
+    def fingerprint(self, lock: dict[str, Any]) -> str:
+        """Of the environment that a lock makes."""
         ...
 
     def ready(self) -> frozenset[str]:
@@ -202,6 +223,8 @@ class NodeSettings:
     region: str = ""
     price_per_hour: float = 0.0
     """Of one slot."""
+    full_check_at: str | None = None
+    """HH:MM of the node's clock, when all of its environments are read and repaired each day."""
     notice_file: Path | None = None
     """When it is there this node goes away: at the Unix time that it holds, or soon. Whoever watches the cloud's notices
     writes it."""

@@ -18,9 +18,9 @@ from cluster.core.state import ClusterState, Snapshot
 from cluster.errors import Unavailable
 from cluster.facts import Facts
 from cluster.inbox import Inbox
-from cluster.metrics import Unwatched, Watch
 from cluster.ports import Attempt, Nodes, SchedulerParts
 from cluster.reconcile import Reconciler
+from cluster.watch import Unwatched, Watch
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_envs.budget import Budget, keep, remove
+from runtime_envs.bundles.on_node import Fetch, no_storage
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.lock import is_conda
 from runtime_envs.conda.materialize import CondaEnvironments
@@ -45,14 +46,17 @@ def solve_environment(text: str, places: CondaPlaces) -> Solved:
 
 
 class Environments:
-    """Of one node, under `root`. Without `index`: this machine's pip settings. Without `budget`: they may fill the disk."""
+    """Of one node, under `root`. Without `index`: this machine's pip settings. Without `budget`: they may fill the disk. `fetch`:
+    what came with bundles."""
 
-    def __init__(self, root: Path, index: PipIndex | None = None, budget: Budget | None = None) -> None:
+    def __init__(
+        self, root: Path, index: PipIndex | None = None, budget: Budget | None = None, fetch: Fetch = no_storage
+    ) -> None:
         self._root = root.absolute()
         self._index = index
         self._budget = budget
-        self._host = HostEnvironments(root, index)
-        self._conda = CondaEnvironments(root, index)
+        self._host = HostEnvironments(root, index, fetch=fetch)
+        self._conda = CondaEnvironments(root, index, fetch)
 
     def path(self, fingerprint: str) -> Path:
         return self._host.path(fingerprint)
@@ -73,8 +77,10 @@ class Environments:
             keep(self._root, self._budget, spare={made.fingerprint})
         return made
 
-    def _make(self, lock: dict[str, Any]) -> Prepared:
-        return self._conda.materialize(lock) if is_conda(lock) else self._host.materialize(lock)
+    def _make(self, lock: dict[str, Any], *, like_others: bool = True) -> Prepared:
+        if is_conda(lock):
+            return self._conda.materialize(lock, like_others=like_others)
+        return self._host.materialize(lock)
 
     def verify(self, fingerprint: str, *, full: bool) -> list[str]:
         """The files that are not as they were made. Raises EnvironmentProblem `environment_not_ready`."""
@@ -111,7 +117,7 @@ class Environments:
                 DAMAGED, f"Environment {fingerprint} is damaged ({', '.join(damaged[:3])}) and is being used.",
                 hint="Repair it when the jobs that use it have ended.", fixable_by="operator",
             )  # fmt: skip
-        self._make(lock)
+        self._make(lock, like_others=False)  # they may share what is damaged
         return Repaired(tuple(damaged), (fingerprint,), ())
 
     def _forget(self, fingerprint: str, lock: dict[str, Any]) -> bool:

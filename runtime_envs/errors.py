@@ -24,6 +24,10 @@ BASE_UNAVAILABLE = "environment_base_unavailable"
 BUILD_FAILED = "environment_build_failed"
 DAMAGED = "environment_damaged"
 NOT_READY = "environment_not_ready"
+BUNDLE_INVALID = "environment_bundle_invalid"
+"""Not a bundle, or one that was changed."""
+BUNDLE_UNTRUSTED = "environment_bundle_untrusted"
+"""Signed by nobody whom an operator trusts."""
 
 
 class EnvironmentProblem(Exception):

@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any
 
+PLACES = ("pixi", "bundled")
+"""Parts of a lock that say where packages are, not what they are."""
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -16,6 +18,11 @@ def canonical_json(value: dict[str, Any]) -> bytes:
 
 def fingerprint_of(lock: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(lock)).hexdigest()
+
+
+def identity(lock: dict[str, Any]) -> str:
+    """The fingerprint. Without the places: a mirror that moves does not make another environment."""
+    return fingerprint_of({key: value for key, value in lock.items() if key not in PLACES})
 
 
 def dependency_md5_of(lock: dict[str, Any]) -> str:

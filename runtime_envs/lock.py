@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from runtime_envs.errors import BASE_CHANGED, BUILD_FAILED, EnvironmentProblem
-from runtime_envs.fingerprint import dependency_md5_of, fingerprint_of
+from runtime_envs.fingerprint import dependency_md5_of, identity
 from runtime_envs.host import HostBase, load_host_base
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.pip import PipSolution, solve_pip
@@ -47,6 +47,8 @@ class Lock(_Part):
     python: Version_
     platform: Name
     pip: list[LockedPackage]
+    bundled: dict[str, str] = {}
+    """Files that came with a bundle: name → key in our storage."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def solve(spec_text: str, *, base: HostBase | None = None, index: PipIndex | Non
     check_host(spec, platform.python)
     packages = solve_pip(spec.pip, platform, index or machine_index()) if spec.pip else _nothing_over(platform)
     lock = _lock(platform, packages)
-    return Solved(spec, lock, fingerprint_of(lock), dependency_md5_of(lock))
+    return Solved(spec, lock, identity(lock), dependency_md5_of(lock))
 
 
 def default_lock(base: HostBase | None = None) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _lock(base: HostBase, solution: PipSolution) -> dict[str, Any]:
         platform=base.platform,
         pip=sorted(packages, key=lambda package: package.name),
     )
-    return lock.model_dump()
+    return lock.model_dump(exclude={"bundled"})
 
 
 def read_lock(lock: dict[str, Any]) -> Lock:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage
 from runtime_envs.errors import BUILD_FAILED, DAMAGED, DISK_FULL, EnvironmentProblem
-from runtime_envs.fingerprint import FINGERPRINT, fingerprint_of
+from runtime_envs.fingerprint import FINGERPRINT, identity
 from runtime_envs.flock import held
 from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, seal, site_packages
 from runtime_envs.index import PipIndex, machine_index
@@ -47,10 +48,13 @@ class HostEnvironments:
     """The environments of base `host` under `root`. Without `index` and `base`: this machine's pip settings and this
     platform."""
 
-    def __init__(self, root: Path, index: PipIndex | None = None, base: HostBase | None = None) -> None:
+    def __init__(
+        self, root: Path, index: PipIndex | None = None, base: HostBase | None = None, fetch: Fetch = no_storage
+    ) -> None:
         self._root = root.absolute()
         self._index = index
         self._base = base
+        self._fetch = fetch
 
     def path(self, fingerprint: str) -> Path:
         """The folder of this environment, whether it is there or not."""
@@ -64,7 +68,7 @@ class HostEnvironments:
     def materialize(self, lock: dict[str, Any]) -> Prepared:
         """Makes the prefix of this lock, or finds it; blocks for the install (seconds to minutes). Raises
         EnvironmentProblem: `environment_base_changed`, `environment_build_failed`, `environment_damaged`."""
-        parsed, fingerprint = read_lock(lock), fingerprint_of(lock)
+        parsed, fingerprint = read_lock(lock), identity(lock)
         base = self._base or load_host_base()
         check_base(parsed, base)
         home = self.path(fingerprint)
@@ -89,7 +93,8 @@ class HostEnvironments:
         make_prefix(prefix, base)
         if lock.pip:
             before = seal(prefix)
-            index = self._index or machine_index()
+            fetch_bundled(lock, home, self._fetch)
+            index = index_on(home, lock.bundled, self._index or machine_index())
             install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
             _check_seal(prefix, before)
             _compile(prefix, lock_fd)

@@ -293,6 +293,9 @@ class NoEnvironments:
         fingerprint = str(lock["fingerprint"])
         return PreparedEnvironment(fingerprint, self._root / fingerprint, self._root / fingerprint / "bin/python")
 
+    def fingerprint(self, lock: dict[str, object]) -> str:
+        return str(lock["fingerprint"])
+
     def ready(self) -> frozenset[str]:
         return frozenset({"base"})
 

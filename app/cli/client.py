@@ -117,8 +117,19 @@ class Client:
     @contextmanager
     def stream(self, path: str, **params: Any) -> Iterator[httpx.Response]:
         """A long body, once; errors as in `call`."""
+        with self._streamed(path, params, self._http.timeout) as response:
+            yield response
+
+    @contextmanager
+    def download(self, path: str, first_byte_s: float, **params: Any) -> Iterator[httpx.Response]:
+        """As `stream`, of what the service makes before it answers."""
+        with self._streamed(path, params, httpx.Timeout(first_byte_s, connect=10.0)) as response:
+            yield response
+
+    @contextmanager
+    def _streamed(self, path: str, params: Mapping[str, Any], timeout: httpx.Timeout) -> Iterator[httpx.Response]:
         try:
-            with self._http.stream("GET", path, params=given(params)) as response:
+            with self._http.stream("GET", path, params=given(params), timeout=timeout) as response:
                 if response.is_error:
                     response.read()
                     raise ServiceError.of(response)

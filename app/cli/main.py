@@ -11,6 +11,7 @@ from app.cli.commands import (
     context,
     datasets,
     doctor,
+    env_bundles,
     env_run,
     environments,
     estimate,
@@ -39,6 +40,7 @@ for name, part_app in (
 finetune.register(app)
 logs.register(jobs.app)
 env_run.register(environments.app)
+env_bundles.register(environments.app)
 for name, part_app in (
     ("jobs", jobs.app),
     ("env", environments.app),

@@ -296,6 +296,18 @@ class Node(Table):
     notice_deadline: Mapped[datetime | None]  # the node goes then: a spot notice
 
 
+class EnvironmentCheck(Table):
+    """What the newest check of each kind has said of an environment on a node; see `cluster.ports.EnvironmentCheck`."""
+
+    __tablename__ = "environment_checks"
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    node: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    detail: Mapped[str] = mapped_column(server_default="")
+    checked_at: Mapped[datetime]
+
+
 class Model(Table):
     __tablename__ = "models"
     id: Mapped[str] = mapped_column(primary_key=True)

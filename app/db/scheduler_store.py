@@ -4,6 +4,7 @@ scheduler's epoch under a lock, so that a scheduler that was replaced changes no
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import bindparam, func, select, text, update
@@ -43,11 +44,24 @@ _NODES = text(
 ).bindparams(bindparam("rows", type_=JSONB))
 
 
+_CHECKS = text(
+    """
+    INSERT INTO environment_checks (fingerprint, node, kind, status, detail, checked_at)
+    SELECT fingerprint, node, kind, status, detail, to_timestamp(at)
+    FROM jsonb_to_recordset(:rows) AS v(fingerprint text, node text, kind text, status text, detail text, at float)
+    ON CONFLICT (fingerprint, node, kind) DO UPDATE SET status = excluded.status, detail = excluded.detail,
+        checked_at = excluded.checked_at
+    WHERE excluded.checked_at > environment_checks.checked_at
+    """
+).bindparams(bindparam("rows", type_=JSONB))
+
+
 class SqlSchedulerStore:
     """`max_fruitless_attempts`: so many attempts in a row without a new step or checkpoint, and a job is given up."""
 
     def __init__(self, database: Database, max_fruitless_attempts: int = 3) -> None:
         self._database = database
+        self._checked_at: dict[str, float] = {}  # by node: agents report the same checks again and again
         self._max_fruitless_attempts = max_fruitless_attempts
         self._listener = Listener(database.dsn, JOBS)
 
@@ -110,6 +124,10 @@ class SqlSchedulerStore:
             session.execute(_NODES, {"rows": rows})
             seen = one_of(Node.name, [row["name"] for row in rows])
             session.execute(update(Node).where(Node.lost_at.is_(None), ~seen).values(lost_at=func.now()))
+            checks = [{"node": report.node.name, **asdict(check)} for report in reports for check in report.checks]
+            if new := [row for row in checks if row["at"] > self._checked_at.get(row["node"], 0.0)]:
+                session.execute(_CHECKS, {"rows": new})
+        self._checked_at |= {row["node"]: max(one["at"] for one in new if one["node"] == row["node"]) for row in new}
 
     def wait_for_change(self, timeout_s: float) -> frozenset[str] | None:
         changed = self._listener.wait(timeout_s)

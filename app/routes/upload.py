@@ -76,6 +76,7 @@ async def read_upload(request: Request, max_bytes: int, fields: tuple[str, ...] 
 
 
 read_code = partial(read_upload, fields=CODE_FIELDS)
+read_bundle = partial(read_upload, fields=("file",))
 
 
 async def _parsed(request: Request, max_bytes: int) -> FormData:

@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db import ids
-from app.db.models import Environment
+from app.db.models import Environment, EnvironmentCheck
 from app.db.models import Job as JobRow
 from app.db.repository import Page, PageRequest, Repository
 from app.db.requests import idempotent
@@ -54,7 +54,7 @@ class EnvironmentService:
         solved = self._parts.solve(spec)  # outside of the transaction: it may take long
         with self._parts.database.tenant(tenant) as session, idempotent(session, repeat.by(tenant)) as once:
             if once.replay is None:
-                row = _insert(session, Environment(tenant_id=tenant, name=name, spec=spec), solved)
+                row = insert_environment(session, Environment(tenant_id=tenant, name=name, spec=spec), solved)
                 once.answer(201, environment_view(row, whole=True))
             assert once.response is not None  # a replay brings its own
             return once.response
@@ -68,7 +68,8 @@ class EnvironmentService:
     def get(self, caller: Caller, ref: str, against: str | None) -> dict[str, Any]:
         """`against`: another environment; the answer then holds `diff`, from this one to it."""
         tenant = caller.may("model:read", ref)
-        shown = environment_view(self._row(tenant, ref), whole=True)
+        row = self._row(tenant, ref)
+        shown = environment_view(row, whole=True) | {"checks": self._checks(row.fingerprint)}
         if against is None:
             return shown
         other = self._row(tenant, against)
@@ -103,6 +104,16 @@ class EnvironmentService:
             row.deleted_at = func.now()
             return row.id
 
+    def _checks(self, fingerprint: str) -> list[dict[str, Any]]:
+        """Of each node that has had it; by a fingerprint that the tenant has."""
+        newest = select(EnvironmentCheck).where(EnvironmentCheck.fingerprint == fingerprint)
+        with self._parts.database.platform() as session:
+            rows = session.scalars(newest.order_by(EnvironmentCheck.node, EnvironmentCheck.kind)).all()
+        return [
+            {"node": r.node, "kind": r.kind, "status": r.status, "detail": r.detail, "at": unix(r.checked_at)}
+            for r in rows
+        ]
+
     def _row(self, tenant: str, ref: str) -> Environment:
         with self._parts.database.tenant(tenant) as session:
             return Repository(session, tenant).environment(ref)
@@ -111,15 +122,14 @@ class EnvironmentService:
 def _checked(node: str, outcome: CheckedEnvironment | HeliostatError) -> dict[str, Any]:
     if isinstance(outcome, HeliostatError):
         return {"node": node, "status": "failed", "damaged": [], "error": outcome.message}
-    status = "repaired" if outcome.repaired else "damaged" if outcome.damaged else "ok"
-    return {"node": node, "status": status, "damaged": list(outcome.damaged[:MAX_NAMES]), "error": None}
+    return {"node": node, "status": outcome.status, "damaged": list(outcome.damaged[:MAX_NAMES]), "error": None}
 
 
-def _insert(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
+def insert_environment(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
     repository = Repository(session, row.tenant_id)
     number = repository.next_version(Environment, row.name)
     newest = repository.page(Environment, PageRequest(limit=1), Environment.name == row.name).data
-    if newest and (newest[0].spec, newest[0].fingerprint) == (row.spec, solved.fingerprint):
+    if newest and _content(newest[0]) == (row.spec, solved.fingerprint, solved.lock.get("bundled")):
         return newest[0]
     row.id, row.version = ids.new_id(ids.ENVIRONMENT), number
     row.lock, row.fingerprint, row.dependency_md5 = solved.lock, solved.fingerprint, solved.dependency_md5
@@ -127,6 +137,10 @@ def _insert(session: Session, row: Environment, solved: SolvedEnvironment) -> En
     session.flush()
     session.refresh(row)
     return row
+
+
+def _content(row: Environment) -> tuple[str, str, Any]:
+    return row.spec, row.fingerprint, row.lock.get("bundled")
 
 
 def _over_the_base(lock: dict[str, Any]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from app.auth.issuer import Issuer
 from app.auth.permissions import Identity
 from app.services.access import Access, Caller
 from app.services.base_models import BaseModelService
+from app.services.bundles import BundleService
 from app.services.cluster import ClusterService
 from app.services.code import CodeService
 from app.services.datasets import DatasetService
@@ -38,6 +39,7 @@ class Services:
         self.datasets = DatasetService(parts)
         self.code = CodeService(parts)
         self.environments = EnvironmentService(parts)
+        self.bundles = BundleService(parts)
         self.models = ModelService(parts)
         self.base_models = BaseModelService(parts)
         self.tokens = TokenService(issuer)

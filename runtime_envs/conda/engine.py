@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from runtime_envs.uv import INHERITED, READABLE_UMASK
 PROCESS = Path(__file__).with_name("engine_process.py")
 TIMEOUT_S = 1800.0
 MAX_REASON_CHARS = 3000
+IDLE_PROCESSES = 2
 CODES = {"unsolvable": UNSOLVABLE, "invalid": INVALID}
 
 Progress = Callable[[dict[str, Any]], None]
@@ -33,44 +36,93 @@ def index_channel(folder: Path) -> None:
 def ask(question: dict[str, Any], *, progress: Progress = lambda _: None, keep_fd: int | None = None) -> dict[str, Any]:
     """Blocks for seconds to minutes. `keep_fd` is handed down, so that a lock on it lives as long as the process. Raises
     EnvironmentProblem with one of `CODES`, or `environment_channel_failed`, `environment_build_failed`, `environment_disk_full`."""
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as stderr:
-        json.dump(question, asked)
-        asked.seek(0)
-        with subprocess.Popen(
+    with _Process(keep_fd) as process:
+        return _result(process, process.ask(question, progress))
+
+
+def ask_again(question: dict[str, Any]) -> dict[str, Any]:
+    """As `ask`, of a process that stays for the next question: it knows the channels by then. For what holds no lock."""
+    process = _idle.pop() if _idle else _Process()
+    answer = process.ask(question)
+    if answer is None:  # it has ended meanwhile
+        process.close()
+        process = _Process()
+        answer = process.ask(question)
+    if answer is None or len(_idle) >= IDLE_PROCESSES:
+        with process:
+            return _result(process, answer)
+    _idle.append(process)
+    return _result(process, answer)
+
+
+class _Process:
+    """Ends with its stdin, so with us too; and by itself when it is not asked for long."""
+
+    def __init__(self, keep_fd: int | None = None) -> None:
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
             [sys.executable, "-I", str(PROCESS)],
-            stdin=asked,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=self._stderr,
             text=True,
             env={name: value for name, value in os.environ.items() if name in INHERITED},
             pass_fds=() if keep_fd is None else (keep_fd,),
             umask=READABLE_UMASK,
-        ) as process:
-            answer = _answer(process, progress)
-        if answer is None:
-            stderr.seek(0)
-            raise _problem("install", stderr.read()[-MAX_REASON_CHARS:] or "its process ended without an answer")
+        )
+
+    def ask(self, question: dict[str, Any], progress: Progress = lambda _: None) -> dict[str, Any] | None:
+        """Its last line; None when it ended without one, or had to be ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        killer = threading.Timer(TIMEOUT_S, self._process.kill)
+        killer.start()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            for line in self._process.stdout:
+                said: dict[str, Any] = json.loads(line)
+                if "result" in said or "error" in said:
+                    return said
+                progress(said)
+        except BrokenPipeError:
+            return None
+        finally:
+            killer.cancel()
+        return None
+
+    def complaint(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()[-MAX_REASON_CHARS:]
+
+    def close(self) -> None:
+        self._process.kill()  # after its answer there is nothing left to do
+        with suppress(BrokenPipeError):
+            self._process.__exit__(None, None, None)
+        self._stderr.close()
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_idle: list[_Process] = []
+
+
+@atexit.register
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()
+
+
+def _result(process: _Process, answer: dict[str, Any] | None) -> dict[str, Any]:
+    if answer is None:
+        raise _problem("install", process.complaint() or "its process ended without an answer")
     if "error" in answer:
         raise _problem(answer["error"]["kind"], answer["error"]["message"])
     result: dict[str, Any] = answer["result"]
     return result
-
-
-def _answer(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any] | None:
-    """Its last line; None when it ended without one, or had to be ended."""
-    assert process.stdout is not None
-    killer = threading.Timer(TIMEOUT_S, process.kill)
-    killer.start()
-    try:
-        for line in process.stdout:
-            said: dict[str, Any] = json.loads(line)
-            if "result" in said or "error" in said:
-                return said
-            progress(said)
-    finally:
-        killer.cancel()
-        process.kill()  # after its answer there is nothing left to do
-    return None
 
 
 def _problem(kind: str, message: str) -> EnvironmentProblem:

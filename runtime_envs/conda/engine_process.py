@@ -1,4 +1,5 @@
-"""The process in which py-rattler runs: one question as JSON on stdin, lines of JSON on stdout, the last one `result` or `error`.
+"""The process in which py-rattler runs: for each line of stdin, a question as JSON, lines of JSON on stdout, the last one `result`
+or `error`.
 
 A process of its own, because rattler can panic, and can crash when the interpreter ends: hence `os._exit`. Loads nothing of the
 house."""
@@ -8,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import sys
+import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from rattler import (
     Client,
@@ -41,6 +44,11 @@ from rattler.package_cache import ValidationMode
 PLATFORM: Final = "linux-64"
 ENVIRONMENT = "default"
 PROGRESS_BYTES = 8 * 1024 * 1024
+FRESH_S = 60.0
+"""For so long channels are not asked again, unless something cannot be had from them."""
+JUST_NOW_S = 1.0
+IDLE_S = 600.0
+"""Then it ends: the index of conda-forge is hundreds of megabytes."""
 KINDS = {
     SolverError: "unsolvable",
     InvalidMatchSpecError: "invalid",
@@ -60,18 +68,45 @@ def say(**line: Any) -> None:
 async def solve_specs(question: dict[str, Any]) -> dict[str, Any]:
     """The first of the `alternatives` (lists of specs) that has a solution; the error is the first one's. `base_lock`: its
     records are preferred, those named in `pinned` cannot move. Writes the lock `out`."""
+    cache = Path(question["cache"])
+    try:
+        number, records = await _first_solved(question, Channels.of(cache))
+    except SolverError:
+        if not Channels.forget(cache):
+            raise
+        number, records = await _first_solved(question, Channels.of(cache))  # the channel may have it by now
+    _write_lock(Path(question["out"]), question["channels"], records)
+    return {"alternative": number, "packages": [_described(record) for record in records]}
+
+
+async def _first_solved(question: dict[str, Any], gateway: Gateway) -> tuple[int, list[RepoDataRecord]]:
     base = _records(question["base_lock"]) if question["base_lock"] else []
-    gateway = Gateway(cache_dir=Path(question["cache"]))
     problem: SolverError | None = None
     for number, specs in enumerate(question["alternatives"]):
         try:
-            records = await _solved(question, specs, base, gateway)
+            return number, await _solved(question, specs, base, gateway)
         except SolverError as error:
             problem = problem or error
-        else:
-            _write_lock(Path(question["out"]), question["channels"], records)
-            return {"alternative": number, "packages": [_described(record) for record in records]}
     raise problem or SolverError("there is nothing to solve")
+
+
+class Channels:
+    """What channels hold, read once for a while: a Gateway keeps it in memory and asks no more."""
+
+    _known: ClassVar[dict[Path, tuple[float, Gateway]]] = {}
+
+    @classmethod
+    def of(cls, cache: Path) -> Gateway:
+        read_at, gateway = cls._known.get(cache, (0.0, None))
+        if gateway is None or time.monotonic() - read_at > FRESH_S:
+            read_at, gateway = cls._known[cache] = time.monotonic(), Gateway(cache_dir=cache)
+        return gateway
+
+    @classmethod
+    def forget(cls, cache: Path) -> bool:
+        """False when it was read just now."""
+        read_at, _ = cls._known.pop(cache)
+        return time.monotonic() - read_at > JUST_NOW_S
 
 
 async def _solved(
@@ -174,12 +209,16 @@ async def index_channel(question: dict[str, Any]) -> dict[str, Any]:
 TASKS = {"solve": solve_specs, "install": install_lock, "index": index_channel}
 
 
-def main() -> None:
-    question = json.load(sys.stdin)
+def answer(question: dict[str, Any]) -> None:
     try:
         say(result=asyncio.run(TASKS[question["task"]](question)))
     except tuple(KINDS) as error:
         say(error={"kind": KINDS[type(error)], "message": str(error)})
+
+
+def main() -> None:
+    while select.select([sys.stdin], [], [], IDLE_S)[0] and (line := sys.stdin.readline()):
+        answer(json.loads(line))
     sys.stdout.flush()
     os._exit(0)
 

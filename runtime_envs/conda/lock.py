@@ -3,6 +3,8 @@ which says where each is fetched."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -10,11 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
-from runtime_envs.fingerprint import fingerprint_of
 from runtime_envs.lock import LockedPackage, Name, Sha256, Version_
 
 CondaName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
-PLACES = "pixi"
 
 
 class _Part(BaseModel):
@@ -48,6 +48,7 @@ class CondaLock(_Part):
     conda: list[LockedConda]
     pip: list[LockedPackage]
     pixi: str = Field(repr=False)
+    bundled: dict[str, str] = {}
 
     @property
     def minor(self) -> str:
@@ -57,11 +58,6 @@ class CondaLock(_Part):
 def is_conda(lock: dict[str, Any]) -> bool:
     base = lock.get("base")
     return isinstance(base, dict) and base.get("name") in conda_bases()
-
-
-def identity(lock: dict[str, Any]) -> str:
-    """The fingerprint. Without the places: a mirror that moves does not make another environment."""
-    return fingerprint_of({key: value for key, value in lock.items() if key != PLACES})
 
 
 def read_conda_lock(lock: dict[str, Any]) -> CondaLock:
@@ -78,7 +74,7 @@ def read_conda_lock(lock: dict[str, Any]) -> CondaLock:
 
 def _placed(text: str) -> set[tuple[str, str]]:
     try:
-        packages = yaml.safe_load(text)["packages"]
+        packages = _read_yaml(text)["packages"]
         conda = [package for package in packages if "conda" in package]
         return {(package["conda"].rsplit("/", 1)[-1], package["sha256"]) for package in conda}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
@@ -92,11 +88,16 @@ def _not_a_lock(why: str) -> EnvironmentProblem:
     )  # fmt: skip
 
 
+def _read_yaml(text: str) -> Any:
+    """By libyaml where PyYAML has it: a tenth of the time."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def with_pip(pixi: str, packages: list[dict[str, str]]) -> str:
     """rattler's lock with these pip packages ({name, version, sha256, url}) beside the conda ones."""
     if not packages:
         return pixi
-    content = yaml.safe_load(pixi)
+    content = _read_yaml(pixi)
     environment = content["environments"]["default"]
     environment["indexes"] = []
     (listed,) = environment["packages"].values()
@@ -105,3 +106,33 @@ def with_pip(pixi: str, packages: list[dict[str, str]]) -> str:
         {"pypi": package["url"], **{key: package[key] for key in ("name", "version", "sha256")}} for package in packages
     ]
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def places_of(pixi: str) -> dict[str, tuple[str, str | None]]:
+    """File name of each conda package → its URL, and its MD5, which old clients want."""
+    packages = [package for package in _read_yaml(pixi)["packages"] if "conda" in package]
+    return {package["conda"].rsplit("/", 1)[-1]: (_url(package["conda"]), package.get("md5")) for package in packages}
+
+
+def _url(place: str) -> str:
+    """rattler writes a channel on this disk as a path."""
+    return place if "://" in place else Path(place).as_uri()
+
+
+def with_places(pixi: str, urls: Mapping[str, str]) -> str:
+    """rattler's lock with other places for the conda packages that `urls` names by file."""
+    content = _read_yaml(pixi)
+    for environment in content["environments"].values():
+        for listed in environment["packages"].values():
+            _move(listed, urls)
+    _move(content["packages"], urls)
+    for package in content["packages"]:
+        if package.get("conda") in urls.values():
+            package["subdir"] = package["conda"].rsplit("/", 2)[1]  # of a file rattler does not see it from the place
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _move(packages: list[dict[str, Any]], urls: Mapping[str, str]) -> None:
+    for package in packages:
+        if "conda" in package:
+            package["conda"] = urls.get(package["conda"].rsplit("/", 1)[-1], package["conda"])

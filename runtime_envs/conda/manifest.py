@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_envs.verify import sha256_of
 
 
-def build_manifest(prefix: Path, known: Mapping[str, str]) -> dict[str, Any]:
-    """As `verify.build_manifest`. `known`: SHA-256 by path from the prefix. By the way all files become readable to other users
-    (the tenants' uids), and none becomes writable."""
-    files: dict[str, list[Any]] = {}
-    links: dict[str, str] = {}
+@dataclass(frozen=True)
+class Manifest:
+    """Or a part of one: as `verify.build_manifest` says. Paths from the prefix."""
+
+    files: dict[str, list[Any]]
+    links: dict[str, str]
+
+    def __or__(self, other: Manifest) -> Manifest:
+        return Manifest(self.files | other.files, self.links | other.links)
+
+
+def describe(prefix: Path, names: Iterable[str], known: Mapping[str, str]) -> Manifest:
+    """`known`: SHA-256 by path; others are read. By the way all files become readable to other users (the tenants' uids), and
+    none becomes writable."""
+    part = Manifest({}, {})
+    for name in names:
+        path = f"{prefix}/{name}"
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            part.links[name] = str(Path(path).readlink())
+            continue
+        _make_readable(path, status.st_mode)
+        part.files[name] = [status.st_size, status.st_mtime_ns, known.get(name) or sha256_of(Path(path))]
+    return part
+
+
+def names_in(prefix: Path) -> Iterator[str]:
+    """Of all files and symbolic links; the folders become readable."""
     start = len(str(prefix)) + 1
     folders = [str(prefix)]
     while folders:
         folder = folders.pop()
-        Path(folder).chmod(0o755)
+        _make_readable(folder, Path(folder).stat().st_mode)
         with os.scandir(folder) as entries:
             for entry in entries:
-                name = entry.path[start:]
-                if entry.is_symlink():
-                    links[name] = str(Path(entry.path).readlink())
-                elif entry.is_dir():
+                if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 else:
-                    status = entry.stat()
-                    _make_readable(entry.path, status.st_mode)
-                    files[name] = [status.st_size, status.st_mtime_ns, known.get(name) or sha256_of(Path(entry.path))]
-    return {"files": files, "links": links}
+                    yield entry.path[start:]
 
 
 def _make_readable(path: str, mode: int) -> None:

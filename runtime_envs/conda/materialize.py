@@ -3,24 +3,28 @@ gets killed meanwhile. Package cache, byte code and prefixes lie under one root,
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
+from runtime_envs.conda.clone import PYTHON, NotAlike, nearest, read_source
 from runtime_envs.conda.engine import ask
-from runtime_envs.conda.lock import CondaLock, identity, read_conda_lock
-from runtime_envs.conda.manifest import build_manifest
-from runtime_envs.conda.prefix import Linked, read_prefix
+from runtime_envs.conda.lock import CondaLock, read_conda_lock
+from runtime_envs.conda.manifest import Manifest, describe, names_in
+from runtime_envs.conda.prefix import META, Linked, forget_prefix, read_prefix
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
+from runtime_envs.fingerprint import identity
 from runtime_envs.flock import held
 from runtime_envs.host import python_of
 from runtime_envs.index import PipIndex, machine_index
@@ -40,6 +44,8 @@ from runtime_envs.materialize import (
 from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, quick_verify, sha256_of, walk
 
 PIXI_LOCK = "pixi.lock"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,9 +80,10 @@ class _Site:
 class CondaEnvironments:
     """The environments over conda bases under `root`."""
 
-    def __init__(self, root: Path, index: PipIndex | None = None) -> None:
+    def __init__(self, root: Path, index: PipIndex | None = None, fetch: Fetch = no_storage) -> None:
         self._root = root.absolute()
         self._index = index
+        self._fetch = fetch
 
     @property
     def packages(self) -> Path:
@@ -87,15 +94,16 @@ class CondaEnvironments:
     def byte_code(self) -> Path:
         return self._root / "bytecode"
 
-    def materialize(self, lock: dict[str, Any]) -> Prepared:
-        """Makes the prefix of this lock, or finds it; blocks for seconds to minutes. Raises EnvironmentProblem:
+    def materialize(self, lock: dict[str, Any], *, like_others: bool = True) -> Prepared:
+        """Makes the prefix of this lock, or finds it; blocks for seconds to minutes. Without `like_others` from its packages, even
+        where another environment has most of them. Raises EnvironmentProblem:
         `environment_build_failed`, `environment_channel_failed`, `environment_disk_full`, `environment_damaged`."""
         parsed, fingerprint = read_conda_lock(lock), identity(lock)
         home, watch = environment_folder(self._root, fingerprint), Stopwatch()
         try:
             with self._caches_kept(), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
-                    self._build(_Site(parsed, home, lock_fd, watch), lock)
+                    self._build(_Site(parsed, home, lock_fd, watch), lock, like_others=like_others)
         except TimeoutError:
             raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except subprocess.CalledProcessError as error:
@@ -114,31 +122,67 @@ class CondaEnvironments:
         """While somebody builds, no package is removed from the cache."""
         return held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True)
 
-    def _build(self, site: _Site, lock: dict[str, Any]) -> None:
+    def _build(self, site: _Site, lock: dict[str, Any], *, like_others: bool) -> None:
+        """`like_others`: from the environment here that is most like it, where there is one."""
+        with nearest(self._root, site.lock) if like_others else nullcontext() as home:
+            try:
+                self._fill(site, home)
+            except (NotAlike, OSError, KeyError, ValueError) as error:
+                if home is None:
+                    raise
+                log.warning("%s is made from its packages, not from %s: %r", site.home.name, home.name, error)
+                self._fill(site, None)
+        write_durably(site.home / LOCK, orjson.dumps(lock).decode())
+        write_durably(site.home / READY, "")
+
+    def _fill(self, site: _Site, like: Path | None) -> None:
+        """The prefix and its manifest. What the installer links comes before most of what is cloned: it would write into files
+        that are shared. Raises NotAlike, OSError, EnvironmentProblem."""
+        self._clear(site)
+        source, taken = None, Manifest({}, {})
+        if like:
+            with site.watch.stage("clone"):
+                source = read_source(like, self._byte_code(site), site.lock, site.lock_fd)
+                taken = source.put([PYTHON], site.prefix)
+        elif site.lock.pip:
+            self._install(site, [PYTHON])
+        if site.lock.pip:
+            with site.watch.stage("pip"):
+                index = index_on(site.home, site.lock.bundled, self._index or machine_index())
+                install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
+        kept = source.packages if source else {}
+        if others := [package.name for package in site.lock.conda if package.name not in kept]:
+            self._install(site, [PYTHON, *others])
+        if source:
+            with site.watch.stage("clone"):
+                taken |= source.put(kept.keys() - {PYTHON}, site.prefix)
+        self._seal(site, kept, taken)
+
+    def _seal(self, site: _Site, kept: Mapping[str, Linked], taken: Manifest) -> None:
+        """Byte code and manifest. `kept`: cloned packages by name; `taken`: their part of the manifest."""
+        packages = read_prefix(site.prefix, kept.values())
+        _check_interpreter(site, packages, taken)
+        own = [package for package in packages if package.name not in kept]
+        with site.watch.stage("byte_code"):
+            hashes = self._compile(site, packages, own)
+        with site.watch.stage("manifest"):
+            known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | hashes
+            for package in own:
+                forget_prefix(site.prefix, package)
+            (site.prefix / META / "history").touch()
+            (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
+            write_durably(site.home / MANIFEST, orjson.dumps(_manifest(site, own, known, taken)).decode())
+
+    def _clear(self, site: _Site) -> None:
         if site.home.exists():  # somebody was killed while building it
             shutil.rmtree(site.home)
         site.prefix.mkdir(parents=True)
         self._check_one_filesystem(site.home)
         site.home.parent.chmod(0o755)
-        write_durably(site.home / PIXI_LOCK, site.lock.pixi)
-        if site.lock.pip:
-            self._install(site, only=["python"])
-            with site.watch.stage("pip"):
-                index = self._index or machine_index()
-                install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
-        self._install(site)
-        packages = read_prefix(site.prefix)
-        _check_interpreter(site, packages)
-        with site.watch.stage("byte_code"):
-            hashes = self._compile(site, packages)
-        with site.watch.stage("manifest"):
-            known = hashes | {name: file.sha256 for p in packages for name, file in p.files.items() if file.sha256}
-            manifest = build_manifest(site.prefix, known)
-        write_durably(site.home / LOCK, orjson.dumps(lock).decode())
-        write_durably(site.home / MANIFEST, orjson.dumps(manifest).decode())
-        write_durably(site.home / READY, "")
+        fetch_bundled(site.lock, site.home, self._fetch)
+        write_durably(site.home / PIXI_LOCK, pixi_on(site.home, site.lock))
 
-    def _install(self, site: _Site, only: list[str] | None = None) -> None:
+    def _install(self, site: _Site, only: Sequence[str]) -> None:
         """`download` is what it took until the last package was fetched; some are linked before that."""
         started = fetched = time.monotonic()
 
@@ -147,21 +191,25 @@ class CondaEnvironments:
             if said["stage"] == "download":
                 fetched = time.monotonic()
 
-        question = {"task": "install", "lock": str(site.home / PIXI_LOCK), "prefix": str(site.prefix), "only": only}
-        ask(question | {"cache": str(self.packages)}, progress=note, keep_fd=site.lock_fd)
+        question = {"task": "install", "lock": str(site.home / PIXI_LOCK), "prefix": str(site.prefix)}
+        ask(question | {"cache": str(self.packages), "only": list(only)}, progress=note, keep_fd=site.lock_fd)
         stages = site.watch.stages
         stages["download"] = stages.get("download", 0.0) + fetched - started
         stages["link"] = stages.get("link", 0.0) + time.monotonic() - fetched
 
-    def _compile(self, site: _Site, packages: list[Linked]) -> Hashes:
+    def _compile(self, site: _Site, packages: Sequence[Linked], own: Sequence[Linked]) -> Hashes:
+        """Of `own`: what is cloned has its byte code."""
         python = next(package for package in packages if package.name == "python")
         interpreter = python.cached / "bin" / f"python{site.lock.minor}"
-        compiler = Compiler(interpreter, self.byte_code / site.lock.minor, site.lock_fd)
-        hashes = link_byte_code(site.prefix, packages, compiler)
+        compiler = Compiler(interpreter, self._byte_code(site), site.lock_fd)
+        hashes = link_byte_code(site.prefix, own, compiler)
         if site.lock.pip:
             known = {name for package in packages for name in package.files}
             compile_files(list(_uncompiled(site.prefix, known, compiler.tag)), compiler)
         return hashes
+
+    def _byte_code(self, site: _Site) -> Path:
+        return self.byte_code / site.lock.minor
 
     def _check_one_filesystem(self, home: Path) -> None:
         """Else every environment would be a whole copy."""
@@ -174,16 +222,33 @@ class CondaEnvironments:
                 )  # fmt: skip
 
 
-def _check_interpreter(site: _Site, packages: list[Linked]) -> None:
+def _check_interpreter(site: _Site, packages: Sequence[Linked], taken: Manifest) -> None:
     """A tenant's package can bring any file."""
     name = f"bin/python{site.lock.minor}"
-    python = next(package for package in packages if package.name == "python")
+    python = next(package for package in packages if package.name == PYTHON)
     file = python.files.get(name)  # the installer moves a file aside that another package brings too
-    if file is None or sha256_of(site.prefix / name) != file.sha256:
+    expected = taken.files[name][2] if name in taken.files else file and file.sha256
+    if file is None or sha256_of(site.prefix / name) != expected:
         raise EnvironmentProblem(
             BUILD_FAILED, f"A package of this environment writes over the environment's own Python ({name}).",
             hint="Leave out the package that brings this file.",
         )  # fmt: skip
+
+
+def _manifest(site: _Site, own: Sequence[Linked], known: Mapping[str, str], taken: Manifest) -> Manifest:
+    """Of what was cloned it is known; only pip brings files that nobody has listed."""
+    if site.lock.pip:
+        names = set(names_in(site.prefix)) - taken.files.keys() - taken.links.keys()
+    else:
+        names = {name for package in own for name in package.names} | known.keys() | set(_installers(site.prefix))
+        names -= taken.files.keys()
+    return describe(site.prefix, names, known) | taken
+
+
+def _installers(prefix: Path) -> Iterator[str]:
+    """Files of the installer's own."""
+    for folder in (prefix, prefix / META):
+        yield from (path.relative_to(prefix).as_posix() for path in folder.iterdir() if path.is_file())
 
 
 def _uncompiled(prefix: Path, known: set[str], tag: str) -> Iterator[tuple[Path, Path]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import orjson
+
+META = "conda-meta"
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,70 @@ class LinkedFile:
 
 @dataclass(frozen=True)
 class Linked:
-    """`cached`: its folder in the package cache. `files` by path from the prefix."""
+    """`cached`: its folder in the package cache. `paths`: as the installer wrote them down."""
 
     name: str
     filename: str
     sha256: str
     cached: Path
-    files: dict[str, LinkedFile]
+    noarch: bool
+    paths: list[dict[str, Any]] = field(repr=False)
 
     @property
     def key(self) -> str:
         """For caches: unlike the folder's name it tells two builds of one name apart."""
         return f"{self.cached.name}-{self.sha256[:12]}"
 
+    @cached_property
+    def files(self) -> dict[str, LinkedFile]:
+        """By path from the prefix."""
+        return {path["_path"]: _file(path, self.noarch) for path in self.paths}
 
-def read_prefix(prefix: Path) -> list[Linked]:
-    """In the order of names. Raises OSError, ValueError and KeyError for what is not a prefix."""
-    return [_package(orjson.loads(path.read_bytes())) for path in sorted((prefix / "conda-meta").glob("*.json"))]
+    @property
+    def names(self) -> set[str]:
+        return {path["_path"] for path in self.paths}
+
+    @property
+    def rewritten(self) -> list[str]:
+        """Files that are this prefix's own."""
+        return [path["_path"] for path in self.paths if _is_rewritten(path)]
+
+    @property
+    def clobbered(self) -> list[str]:
+        """Paths that it brings and another package's file has; its own lies beside."""
+        return [path["original_path"] for path in self.paths if path.get("original_path")]
+
+
+def meta_name(filename: str) -> str:
+    """Where the prefix says what the package `filename` is made of."""
+    return f"{META}/{filename.removesuffix('.conda').removesuffix('.tar.bz2')}.json"
+
+
+def read_prefix(prefix: Path, known: Collection[Linked] = ()) -> list[Linked]:
+    """In the order of names; `known` need not be read. Raises OSError, ValueError and KeyError for what is not a prefix."""
+    there = {Path(meta_name(package.filename)).name: package for package in known}
+    names = sorted(path.name for path in (prefix / META).glob("*.json"))
+    return [there.get(name) or _package(orjson.loads((prefix / META / name).read_bytes())) for name in names]
+
+
+def forget_prefix(prefix: Path, package: Linked) -> None:
+    """Takes out of `conda-meta` what is only true in this prefix, the hashes of rewritten files (the manifest has them): so that
+    it is one file in all prefixes."""
+    if not package.rewritten:
+        return
+    path = prefix / meta_name(package.filename)
+    meta = orjson.loads(path.read_bytes())
+    for one in meta["paths_data"]["paths"]:
+        if _is_rewritten(one):
+            one.pop("sha256_in_prefix", None)
+            if one["path_type"] not in ("hardlink", "softlink"):  # made by the installer
+                one.pop("sha256", None)
+    path.write_bytes(orjson.dumps(meta))
 
 
 def _package(meta: dict[str, Any]) -> Linked:
-    noarch = meta.get("noarch") == "python"
-    files = {path["_path"]: _file(path, noarch) for path in meta["paths_data"]["paths"]}
-    return Linked(meta["name"], meta["fn"], meta["sha256"], Path(meta["extracted_package_dir"]), files)
+    noarch, folder = meta.get("noarch") == "python", Path(meta["extracted_package_dir"])
+    return Linked(meta["name"], meta["fn"], meta["sha256"], folder, noarch, meta["paths_data"]["paths"])
 
 
 def _file(path: dict[str, Any], noarch: bool) -> LinkedFile:
@@ -52,10 +97,14 @@ def _file(path: dict[str, Any], noarch: bool) -> LinkedFile:
     source = path.get("original_path") or (_noarch_source(name) if noarch else name)
     return LinkedFile(
         sha256=path.get("sha256_in_prefix") or path.get("sha256"),
-        rewritten="prefix_placeholder" in path or path["path_type"] not in ("hardlink", "softlink"),
+        rewritten=_is_rewritten(path),
         source=source,
         symlink=path["path_type"] == "softlink",
     )
+
+
+def _is_rewritten(path: dict[str, Any]) -> bool:
+    return "prefix_placeholder" in path or path["path_type"] not in ("hardlink", "softlink")
 
 
 def _noarch_source(name: str) -> str:

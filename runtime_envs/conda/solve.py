@@ -16,10 +16,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from runtime_envs.conda.bases import CondaBase, conda_bases
-from runtime_envs.conda.engine import ask
-from runtime_envs.conda.lock import CondaLock, identity, with_pip
+from runtime_envs.conda.engine import ask_again
+from runtime_envs.conda.lock import CondaLock, with_pip
 from runtime_envs.errors import BASE_UNAVAILABLE, INVALID, UNSOLVABLE, UNSUPPORTED, EnvironmentProblem
-from runtime_envs.fingerprint import dependency_md5_of
+from runtime_envs.fingerprint import dependency_md5_of, identity
 from runtime_envs.host import HostBase, Installed
 from runtime_envs.index import PipIndex
 from runtime_envs.lock import Solved
@@ -63,7 +63,7 @@ def solve_conda(spec: EnvironmentSpec, places: CondaPlaces) -> Solved:
         out = Path(folder) / "pixi.lock"
         question = _question(spec, base, minor, places) | {"base_lock": str(base_lock), "out": str(out)}
         try:
-            packages: list[Package] = ask(question)["packages"]
+            packages: list[Package] = ask_again(question)["packages"]
         except EnvironmentProblem as problem:
             raise _marked(problem, spec) from None
         pixi = out.read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def _solved(spec: EnvironmentSpec, packages: list[Package], base_lock: str, answ
             "pip": [_pip_entry(package) for package in sorted(over.packages, key=lambda p: p.name)],
             "pixi": with_pip(pixi, [_pip_place(package) for package in over.packages]),
         }
-    ).model_dump()
+    ).model_dump(exclude={"bundled"})
     return Solved(spec, lock, identity(lock), dependency_md5_of(lock))
 
 
@@ -127,7 +127,7 @@ def _base_lock(spec: EnvironmentSpec, base: CondaBase, places: CondaPlaces) -> t
 def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], task: dict[str, Any]) -> int:
     alternatives = [[f"python {minor}.*", *base.specs] for minor in minors]
     try:
-        return int(ask(task | {"alternatives": alternatives})["alternative"])
+        return int(ask_again(task | {"alternatives": alternatives})["alternative"])
     except EnvironmentProblem as problem:
         if problem.code != UNSOLVABLE:
             raise
@@ -170,6 +170,12 @@ def _check_policy(spec: EnvironmentSpec, policy: CondaPolicy) -> None:
     for dependency in (*spec.conda, *spec.pip):
         if dependency.name in policy.denied:
             refuse(dependency.line, f"package `{dependency.name}` is not allowed here", "Leave it out.", UNSUPPORTED)
+
+
+def check_lock_policy(lock: dict[str, Any], policy: CondaPolicy) -> None:
+    """Of a lock that another Heliostat has made. Raises `environment_unsupported`."""
+    _check_limits(lock["conda"], policy)
+    _refuse_denied([package["name"] for package in lock["pip"]], policy)
 
 
 def _check_limits(packages: Sequence[Package], policy: CondaPolicy) -> None:

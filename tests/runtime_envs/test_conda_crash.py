@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from builders_channel import conda_yml
 
-from runtime_envs.conda.lock import identity
 from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
+from runtime_envs.fingerprint import identity
 
 pytestmark = pytest.mark.integration
 

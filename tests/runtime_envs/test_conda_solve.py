@@ -11,11 +11,12 @@ import yaml
 from builders_channel import ChannelServer, conda_yml
 from builders_wheels import write_wheel
 
-from runtime_envs.conda.lock import identity, read_conda_lock
+from runtime_envs.conda.lock import read_conda_lock
 from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
 from runtime_envs.edit import diff
 from runtime_envs.environments import solve_environment
 from runtime_envs.errors import BASE_UNAVAILABLE, BUILD_FAILED, CHANNEL_FAILED, EnvironmentProblem
+from runtime_envs.fingerprint import identity
 from runtime_envs.lock import Solved
 
 pytestmark = pytest.mark.integration

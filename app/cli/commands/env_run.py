@@ -47,9 +47,9 @@ def run(
 
 
 def _materialized(settings: Settings, lock: dict[str, Any]) -> Path:
-    from app.wiring import NodeEnvironments, pip_index  # brings Ray along, which other commands do without
+    from app.wiring import NodeEnvironments, node_environments  # brings Ray along, which other commands do without
 
-    return Path(NodeEnvironments(settings.node_root, pip_index(settings)).materialize(lock).python)
+    return Path(NodeEnvironments(node_environments(settings)).materialize(lock).python)
 
 
 def in_sandbox(settings: Settings, python: Path, words: list[str]) -> int:

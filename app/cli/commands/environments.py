@@ -78,7 +78,11 @@ def show(session: Session, ref: Ref) -> None:
     environment = session.client().get(f"/environments/{ref}")
 
     def render() -> RenderableType:
-        return Group(_drawn(environment), Syntax(environment.get("spec") or "", "yaml", background_color="default"))
+        checks = [(c["node"], c["kind"], c["status"], ago(c["at"]), c["detail"]) for c in environment.get("checks", ())]
+        checked = table(("node", "check", "status", "when", "detail"), checks, empty="on no node yet, or not checked")
+        return Group(
+            _drawn(environment), checked, Syntax(environment.get("spec") or "", "yaml", background_color="default")
+        )
 
     session.out.show(environment, render)
 

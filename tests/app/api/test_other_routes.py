@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy import select
 
 from app.db.embedded import EmbeddedPostgres
 from app.db.migrate import migrate
-from app.db.models import BaseModel, Job, Model, ModelVersion
+from app.db.models import BaseModel, EnvironmentCheck, Job, Model, ModelVersion
 from app.db.session import Database
 
 SPEC = "name: mine\ndependencies:\n  - python\n"
@@ -49,6 +50,11 @@ def test_environments(api: Api) -> None:
         for check in ("verify", "repair"):  # no node has it
             checked = client.post(f"/environments/mine/{check}").json()
             assert (checked["environment"], checked["ok"], checked["nodes"]) == ("mine@2", True, [])
+        with api.database.platform() as session:
+            session.add(EnvironmentCheck(fingerprint=made["fingerprint"], node="n1", kind="full", status="ok",
+                                         checked_at=datetime.fromtimestamp(1e9, UTC)))  # fmt: skip
+        checks = [{"node": "n1", "kind": "full", "status": "ok", "detail": "", "at": 1_000_000_000}]
+        assert client.get("/environments/mine").json()["checks"] == checks
         assert client.delete("/environments/mine@1").status_code == 200
         assert client.get("/environments/mine@1").status_code == 404
 

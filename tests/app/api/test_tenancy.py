@@ -31,6 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /datasets": {"files": {"file": ("x.jsonl", ROWS)}},
     "POST /code": {"files": {"file": ("x.tar.gz", code_archive())}},
     "POST /environments": {"json": {"spec": "name: x\n"}},
+    "POST /environments/import": {"files": {"file": ("x.tar.gz", b"x")}},
     "POST /environments/{ref}/update": {"json": {"add": ["six"]}},
     "PUT /models/{ref}/aliases/{alias}": {"json": {"version": 1}},
     "POST /models/{ref}/rollback": {"json": {}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from builders_db import core_job, grant, granted_job, make_node, make_tenant, queued_job
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
 
 from app.db.job_store import SqlJobStore
-from app.db.models import Job, Lease, LeaseSlot, Node
+from app.db.models import EnvironmentCheck, Job, Lease, LeaseSlot, Node
 from app.db.scheduler_store import SqlSchedulerStore, _check_epoch
 from app.db.session import Database
 from app.db.transitions import ask
@@ -21,6 +22,7 @@ from cluster.core.events import Grant
 from cluster.core.job import JobState, Placement, TenantShare, Wish
 from cluster.core.job import Node as CoreNode
 from cluster.errors import Fenced, Unavailable
+from cluster.ports import EnvironmentCheck as ReportedCheck
 from cluster.ports import NodeReport
 from trainers.run.ports import StepRow
 
@@ -188,6 +190,27 @@ def test_nodes_are_reported_lost_and_found(database: Database, store: SqlSchedul
         store.report_nodes(epoch, [NodeReport(node) for node in seen])
         with database.platform() as session:
             assert set(session.scalars(select(Node.name).where(Node.lost_at.is_not(None)))) == lost
+
+
+def test_the_newest_check_of_each_kind_is_kept(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
+    node = CoreNode("one", "cpu", 2, 4.0)
+
+    def rows() -> list[tuple[str, str, str, float]]:
+        with database.platform() as session:
+            found = session.scalars(
+                select(EnvironmentCheck).order_by(EnvironmentCheck.fingerprint, EnvironmentCheck.kind)
+            )
+            return [(one.fingerprint, one.kind, one.status, one.checked_at.timestamp()) for one in found]
+
+    full, quick = ReportedCheck("f", "full", "ok", "", 1e9), ReportedCheck("f", "quick", "ok", "", 1e9 + 1)
+    store.report_nodes(epoch, [NodeReport(node, checks=(full, quick))])
+    assert rows() == [("f", "full", "ok", 1e9), ("f", "quick", "ok", 1e9 + 1)]
+    later = replace(full, status="damaged", detail="lib/a.py", at=1e9 + 2)
+    store.report_nodes(epoch, [NodeReport(node, checks=(later, quick))])
+    again = SqlSchedulerStore(database)  # a scheduler that does not know what it has written
+    again.report_nodes(again.take_epoch(), [NodeReport(node, checks=(full, quick))])
+    assert rows() == [("f", "full", "damaged", 1e9 + 2), ("f", "quick", "ok", 1e9 + 1)]
+    again.close()
 
 
 def test_waiting_ends_with_a_change_or_the_timeout(database: Database, store: SqlSchedulerStore, epoch: int) -> None:

@@ -123,9 +123,7 @@ def test_of_a_checkpoint_to_begin_with_the_weights_are_staged_only(tmp_path: Pat
 
 def test_the_best_checkpoint_so_far_is_staged_beside_the_last(tmp_path: Path) -> None:
     made = world(tmp_path, outputs=("merged",))
-    files = {
-        name: made.storage.put_bytes(f"best/{name}", b"x") for name in ("adapter.bin", "state.json", "random.pt")
-    }
+    files = {name: made.storage.put_bytes(f"best/{name}", b"x") for name in ("adapter.bin", "state.json", "random.pt")}
     object.__setattr__(made.store.given, "best", LastCheckpoint(2, 1, "best", files))
     staged = attempt_files(made.store.given, made.storage)
     assert [name for name in staged if name.startswith("best")] == ["best/adapter.bin"]
