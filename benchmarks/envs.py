@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,15 @@ class Bench:
     def made(self) -> Prepared:
         return self.node().materialize(solve_environment(spec(TENANT), self.places).lock)
 
+    def _materialize(self, lock: dict[str, Any]) -> Prepared:
+        return self.node().materialize(lock)
+
     def first(self) -> None:
         """Both from nothing, but for the solved base."""
         for _ in range(ROUNDS):
             solved = self.solved(*TENANT)
             clear(self.work / "node")
-            made = self.report.time("first on a node", lambda lock=solved.lock: self.node().materialize(lock))
+            made = self.report.time("first on a node", partial(self._materialize, solved.lock))
             self.report.facts["first_stages_s"] = {name: round(value, 2) for name, value in made.stages.items()}
             self._venv()
 
@@ -157,9 +161,9 @@ class Bench:
         self.node("other").materialize(solve_environment(spec(()), self.places).lock)
         for number in range(ROUNDS):
             bundle = self.work / f"bundle-{number}.tar.gz"
-            self.report.time("bundle", lambda to=bundle: self._export(solved, to))
+            self.report.time("bundle", partial(self._export, solved, bundle))
             self.report.facts["bundle_mb"] = round(bundle.stat().st_size / 1e6)
-            self.report.time("restore", lambda source=bundle: self._restore(source))
+            self.report.time("restore", partial(self._restore, bundle))
             clear(self.work / "other" / "envs" / solved.fingerprint)
             bundle.unlink()
             if self.conda_pack:
@@ -188,10 +192,11 @@ class Bench:
     def _theirs(self, made: Prepared, conda_pack: Path) -> None:
         archive, folder = self.work / "packed.tar.gz", self.work / "unpacked"
         environment = {**os.environ, "PYTHONPATH": str(conda_pack)}
-        command = [sys.executable, "-m", "conda_pack.cli", "--quiet", "--prefix", made.prefix, "--output", archive]
+        command = [sys.executable, "-m", "conda_pack.cli", "--quiet", "--prefix", str(made.prefix)]
+        command += ["--output", str(archive), "--ignore-missing-files"]
         self.report.time(
             "conda-pack, pack",
-            lambda: subprocess.run([*command, "--ignore-missing-files"], check=True, env=environment),
+            lambda: subprocess.run(command, check=True, env=environment),
         )
         self.report.facts["conda_pack_mb"] = round(archive.stat().st_size / 1e6)
         folder.mkdir()
