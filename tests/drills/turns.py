@@ -89,11 +89,20 @@ def hunted(service: Service) -> Iterator[Strays]:
         thread.join(10)
 
 
+def granted(service: Service) -> set[tuple[str, int]]:
+    """Another Heliostat on this machine has attempts too. None while the database is away."""
+    try:
+        with psycopg.connect(service.dsn(), connect_timeout=5) as connection:
+            return set(connection.execute("SELECT DISTINCT job_id, attempt FROM leases").fetchall())
+    except psycopg.OperationalError:
+        return set()
+
+
 def find(service: Service, target: str, dice: random.Random) -> int | None:
     if target == "raylet":
         pids = service.pids(lambda process: "/raylet/raylet" in " ".join(process.cmdline()))
     elif target == "child":
-        attempts = sorted(running_attempts())
+        attempts = sorted(running_attempts() & granted(service))
         pids = TARGETS["child"](service, dice.choice(attempts)[0]) if attempts else []
     else:
         pids = TARGETS[target](service, "")
