@@ -18,9 +18,11 @@ from app.db.session import Database, PoolSettings
 from app.importer import ImporterParts
 from app.settings import GIB, SchedulerTimes, Settings, load_settings
 from cluster.client import check_environment
+from cluster.core.job import Node
 from cluster.errors import EnvironmentError_, HeliostatError
 from cluster.ports import (
     AgentParts,
+    Attempt,
     CheckedEnvironment,
     NodeSettings,
     PreparedEnvironment,
@@ -37,6 +39,7 @@ from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.lock import Solved
 from runtime_envs.sandbox.spec import Isolation
 from trainers.run.launch import RayDriverLauncher
+from trainers.run.nursery import Coming, Nursery
 from trainers.run.parts import DriverParts, DriverSettings
 
 HTTP_STATEMENT_TIMEOUT_S = 30.0
@@ -77,7 +80,13 @@ def scheduler_parts() -> SchedulerParts:
     settings = load_settings()
     times = settings.scheduler
     store = SqlSchedulerStore(database(settings, size=3), times.max_fruitless_attempts)
-    return SchedulerParts(store, RayDriverLauncher(driver_parts), scheduler_settings(times))
+    launcher = RayDriverLauncher(driver_parts)
+    return SchedulerParts(store, launcher, scheduler_settings(times), partial(upcoming, driver_parts()))
+
+
+def upcoming(parts: DriverParts, attempt: Attempt, node: Node) -> Coming:
+    """What a node is told of a job that waits. Raises `HeliostatError`."""
+    return Coming(parts.store.upcoming(*attempt, node), parts.settings)
 
 
 def scheduler_settings(times: SchedulerTimes) -> SchedulerSettings:
@@ -87,6 +96,7 @@ def scheduler_settings(times: SchedulerTimes) -> SchedulerSettings:
         poll_s=times.poll_s,
         stage_limit_s=times.stage_limit_s,
         yield_limit_s=2 * times.yield_grace_s + YIELD_MARGIN_S,
+        ahead=times.ahead,
         policy=times.policy(),
     )
 
@@ -113,6 +123,7 @@ def agent_parts() -> AgentParts:
     return AgentParts(
         NodeEnvironments(settings.node_root, pip_index(settings), disk_budget(settings)),
         NodeSettings(settings.node_root, settings.objects_url, **node.model_dump()),
+        Nursery() if settings.training.start_early else None,
     )
 
 
