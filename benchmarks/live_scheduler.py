@@ -73,6 +73,11 @@ class ManyNodes:
     def end_attempt(self, node: str, job_id: str, attempt: int) -> bool | None:
         return True
 
+    def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        return ()
+
+    def prepare_ahead(self, node: str, coming: Any) -> None: ...
+
 
 class QuickDrivers:
     """`cluster.ports.DriverLauncher`: every job is done as soon as it starts; what drivers write is written, in batches."""

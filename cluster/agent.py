@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from cluster.core.job import Node
 from cluster.detect import detect
 from cluster.environment_checks import EnvironmentChecks, Note
-from cluster.ports import AgentParts, CheckedEnvironment, EnvironmentStore, NodeReport
+from cluster.ports import AgentParts, Attempt, CheckedEnvironment, Children, EnvironmentStore, NodeReport
 from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore
@@ -28,6 +28,7 @@ class _Opened:
     staging: Staging
     offer: Node
     notice_file: Path | None
+    children: Children | None
 
 
 class NodeAgent:
@@ -50,16 +51,19 @@ class NodeAgent:
                 checks = EnvironmentChecks(parts.environments, self._note)
                 if parts.settings.full_check_at:
                     checks.start_daily(parts.settings.full_check_at, self._name)
-                self._opened = _Opened(parts.environments, checks, staging, offer, parts.settings.notice_file)
+                notice = parts.settings.notice_file
+                self._opened = _Opened(parts.environments, checks, staging, offer, notice, parts.children)
             return self._opened
 
     def report(self) -> NodeReport:
-        """Only attempts that were staged here: another Heliostat may run on the same machine."""
+        """Only attempts that were staged here: another Heliostat may run on the same machine. A child that was started for a
+        job that still waits is no attempt yet."""
         here = self._open()
         leaves_at = notice(here.notice_file)
         has, draining = here.environments.ready(), leaves_at is not None
         node = replace(here.offer, environments=has, models=here.staging.models(), draining=draining)
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
+        ours -= here.children.waiting() if here.children else frozenset()
         return NodeReport(node, ours, leaves_at, here.checks.last(has))
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +83,22 @@ class NodeAgent:
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
         """The scratch folder of the attempt, with the files (name → (key, sha256)) in it. Raises as `stage_model`."""
         return str(self._open().staging.stage_attempt(job_id, attempt, files))
+
+    def start_child(self, task: Any) -> str | None:
+        """The training child of a worker that is not there yet: where it will find it, or None."""
+        children = self._open().children
+        return None if children is None else children.start(task)
+
+    def expect(self, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        """Attempts that may come here next, all of them; those that this node knows nothing of yet."""
+        children = self._open().children
+        return () if children is None else children.expect(attempts)
+
+    def prepare_ahead(self, coming: Any) -> None:
+        """For one of those; returns at once."""
+        children = self._open().children
+        if children is not None:
+            children.prepare(coming, self)
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self._open().staging.clear_attempt(job_id, attempt)

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from cluster.agent import NodeAgent
 from cluster.errors import Fenced, HeliostatError, Unavailable
 from cluster.metrics import RayWatch, environment_counters
-from cluster.ports import AgentParts, CheckedEnvironment, NodeReport, SchedulerParts
+from cluster.ports import AgentParts, Attempt, CheckedEnvironment, NodeReport, SchedulerParts
 from cluster.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,13 @@ class RayNodes:
             log.warning("node %s cannot say whether job %s attempt %d lives: %s", node, job_id, attempt, error)
             return None
 
+    def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        unknown: Sequence[Attempt] = ask(node_agent(node).expect.remote(attempts), REPORT_TIMEOUT_S)
+        return unknown
+
+    def prepare_ahead(self, node: str, coming: Any) -> None:
+        ask(node_agent(node).prepare_ahead.remote(coming), REPORT_TIMEOUT_S)
+
 
 def check_environment(fingerprint: str, repair: bool) -> dict[str, CheckedEnvironment | HeliostatError]:
     """Of every node that has it: what its agent found, or why it could not. Raises `Unavailable`."""
@@ -201,6 +208,10 @@ class AgentActor(NodeAgent):
     @ray.method(concurrency_group="control")
     def report(self) -> NodeReport:
         return super().report()
+
+    @ray.method(concurrency_group="control")
+    def expect(self, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        return super().expect(attempts)
 
     @ray.method(concurrency_group="control")
     def end_attempt(self, job_id: str, attempt: int) -> bool:

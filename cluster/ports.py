@@ -4,7 +4,7 @@ A wiring is a module-level function without arguments: Ray ships its name, never
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +162,14 @@ class Nodes(Protocol):
         """Kills what lives of an attempt there. True: nothing lives any more; None: the agent cannot be reached."""
         ...
 
+    def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        """As `Children.expect`. Raises `Unavailable`."""
+        ...
+
+    def prepare_ahead(self, node: str, coming: Any) -> None:
+        """Raises `Unavailable`."""
+        ...
+
 
 @dataclass(frozen=True)
 class PreparedEnvironment:
@@ -208,6 +216,27 @@ class EnvironmentStore(Protocol):
         ...
 
 
+class Children(Protocol):
+    """Training children on one node that are started before their workers are there (`trainers.run.nursery`). `task` is what
+    the worker will be told; `cluster` only passes it on."""
+
+    def start(self, task: Any) -> str | None:
+        """Where the worker finds it; None: it could not be started."""
+        ...
+
+    def expect(self, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        """All that may come next; what was prepared for others is let go. Those of which nothing is known yet."""
+        ...
+
+    def prepare(self, coming: Any, agent: Any) -> None:
+        """Makes the node ready for what may come, in the background. `agent`: the node's."""
+        ...
+
+    def waiting(self) -> frozenset[Attempt]:
+        """Attempts that were not granted, with a living process."""
+        ...
+
+
 @dataclass(frozen=True)
 class NodeSettings:
     """What a node offers and where it keeps things. `kind` and `slots` None: detect. `memory_gb` per slot."""
@@ -244,17 +273,26 @@ class SchedulerSettings:
     """A driver is dead when two looks, so far apart, do not find it."""
     yield_limit_s: float = 240.0
     """Of an order to give way; then the attempt is ended. The driver's own graces are shorter."""
+    ahead: int = 2
+    """So many waiting jobs are named to each node, so that it prepares for them; 0: none."""
     policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
 class SchedulerParts:
+    """`upcoming`: what a node is told of an attempt that a waiting job may begin there; raises `HeliostatError`, also when the
+    job has begun it by now. None: nothing."""
+
     store: SchedulerStore
     launcher: DriverLauncher
     settings: SchedulerSettings = field(default_factory=SchedulerSettings)
+    upcoming: Callable[[Attempt, Node], Any] | None = None
 
 
 @dataclass(frozen=True)
 class AgentParts:
+    """`children` None: workers start their own."""
+
     environments: EnvironmentStore
     settings: NodeSettings
+    children: Children | None = None

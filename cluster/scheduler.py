@@ -17,6 +17,7 @@ from cluster.core.explain import explain_all
 from cluster.core.state import ClusterState, Snapshot
 from cluster.errors import Unavailable
 from cluster.facts import Facts
+from cluster.hints import Hints
 from cluster.inbox import Inbox
 from cluster.ports import Attempt, Nodes, SchedulerParts
 from cluster.reconcile import Reconciler
@@ -76,6 +77,7 @@ class Scheduler:
         self._facts = Facts()
         self._state = ClusterState(settings.policy)
         self._reconciler = Reconciler(self._parts, self._nodes, self._facts, self._asking, self._clock)
+        self._hints = Hints(self._parts, self._nodes, self._asking)
         self._away = True
         self._poll_at = 0.0
         self._epoch = self._parts.store.take_epoch()
@@ -146,6 +148,8 @@ class Scheduler:
         with self._seeing:
             decisions = self._state.decide(self._facts.now)
         changed |= self._carry_out(decisions)
+        if poll:
+            self._hints.tell(self._state.facts, self._facts.active(), changed)
         self._rounds += 1
         self._count()
         self._inbox.remember(changed)

@@ -17,11 +17,14 @@ MANIFEST = "manifest.json"
 """Under a model's prefix: {file: sha256}."""
 
 READY = "READY"
+CACHES = "caches"
 _FORGET_AFTER_S = 3600.0
+_FORGET_CACHES_AFTER_S = 7 * 24 * 3600.0
 
 
 class Staging:
-    """Below `root`: `models/<sha256>/`, `jobs/<job>/a<attempt>/`. Files are 0644 in 0755: a tenant's uid reads them."""
+    """Below `root`: `models/<sha256>/`, `jobs/<job>/a<attempt>/`; files are 0644 in 0755: a tenant's uid reads them. What its
+    trainings keep in `caches/<tenant>/` is its own."""
 
     def __init__(self, root: Path, objects: ObjectStore) -> None:
         self._root = root
@@ -92,6 +95,9 @@ class Staging:
         for folder in (self._root / "jobs").glob("*"):
             if not any(folder.glob("a*")) and time.time() - folder.stat().st_mtime > _FORGET_AFTER_S:
                 shutil.rmtree(folder, ignore_errors=True)  # another call may be at it too
+        for folder in (self._root / CACHES).glob("*"):
+            if time.time() - folder.stat().st_mtime > _FORGET_CACHES_AFTER_S:  # nothing was added since
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _fetch(self, key: str, folder: Path, name: str, sha256: str) -> None:
         target = folder / _relative(name)
@@ -100,6 +106,11 @@ class Staging:
 
     def _scratch(self, job_id: str, attempt: int) -> Path:
         return self._root / "jobs" / _plain(job_id) / f"a{attempt}"
+
+
+def caches_of(scratch: Path) -> Path:
+    """Of the node on which an attempt has this scratch folder: a folder for each tenant."""
+    return scratch.parents[2] / CACHES
 
 
 def _ended(scratch: Path) -> Path:

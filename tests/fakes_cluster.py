@@ -265,6 +265,16 @@ class FakeNodes:
         self.immortal: set[Attempt] = set()
         self.running: dict[str, set[Attempt]] = {}
         self.asked: list[tuple[str, str, int]] = []
+        self.expected: dict[str, list[Attempt]] = {}
+        self.prepared: list[tuple[str, object]] = []
+
+    def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+        unknown = [one for one in attempts if one not in self.expected.get(node, ())]
+        self.expected[node] = list(attempts)
+        return unknown
+
+    def prepare_ahead(self, node: str, coming: object) -> None:
+        self.prepared.append((node, coming))
 
     def reports(self) -> Sequence[NodeReport]:
         return [

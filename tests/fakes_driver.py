@@ -20,7 +20,8 @@ from cluster.storage.objects import ObjectStore, folder_sha256
 from trainers.config import Hyperparams
 from trainers.run.child_process import spawn
 from trainers.run.driver import JobDriver
-from trainers.run.parts import AgentHandle, DriverParts, DriverSettings, GangRequest, WorkersLost
+from trainers.run.nursery import Nursery
+from trainers.run.parts import AgentHandle, DriverParts, DriverSettings, GangRequest, WorkersLost, WorkerTask
 from trainers.run.ports import Allowance, Assignment, Heartbeat, LastCheckpoint, StepRow
 from trainers.run.worker import Worker
 
@@ -59,6 +60,10 @@ class MemoryStore:
     def assignment(self, job_id: str, attempt: int) -> Assignment:
         self._check(attempt)
         return self.given
+
+    def upcoming(self, job_id: str, attempt: int, node: Node) -> Assignment:
+        self._check(attempt - 1)
+        return replace(self.given, attempt=attempt, placement=Placement({node.name: (0,)}), kind=node.kind)
 
     def heartbeat(self, job_id: str, attempt: int, ttl_s: float) -> Heartbeat:
         if self.down:
@@ -133,18 +138,20 @@ class MemoryStore:
 class FolderAgent:
     """`AgentHandle` and, for every node, `Agents`; real staging, and this Python as each environment."""
 
-    def __init__(self, root: Path, storage: ObjectStore) -> None:
+    def __init__(self, root: Path, storage: ObjectStore, children: Nursery | None = None) -> None:
         self._staging = Staging(root, storage)
         self.fails: Exception | None = None
         self.cleared: list[tuple[str, int]] = []
         self.hold = threading.Event()
         self.hold.set()
+        self.children = children
 
     def of(self, node: str) -> AgentHandle:
         return self
 
     def report(self) -> NodeReport:
-        return NodeReport(Node("n1", "cpu", slots=1, memory_gb=4.0))
+        node = Node("n1", "cpu", slots=1, memory_gb=4.0, models=self._staging.models(), park_gb=4.0)
+        return NodeReport(node)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         self.hold.wait(30)
@@ -157,6 +164,9 @@ class FolderAgent:
 
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
         return str(self._staging.stage_attempt(job_id, attempt, files))
+
+    def start_child(self, task: WorkerTask) -> str | None:
+        return None if self.children is None else self.children.start(task)
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self.cleared.append((job_id, attempt))

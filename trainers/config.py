@@ -104,6 +104,8 @@ class TrainConfig:
     sample_rows: int = 3
     memory_limit_gb: Optional[float] = None
     """GiB per slot; on `cpu` the process's memory above what the imports take."""
+    cache_dir: Optional[str] = None
+    """Folder of the tenant's own, kept between runs: rows as tokens. None: nothing is kept."""
     metadata: Dict[str, Any] = field(default_factory=dict)
     """Goes into the artifact's README as lineage."""
     entrypoint: Optional[List[str]] = None

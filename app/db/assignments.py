@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Checkpoint, Code, Dataset, Job, Lease, ModelVersion, Table, Tenant
-from cluster.core.job import Placement
+from cluster.core.job import Node, Placement
 from cluster.errors import Conflict, NotFound
 from cluster.storage.objects import folder_sha256
 from trainers.config import Hyperparams
@@ -20,7 +20,15 @@ T = TypeVar("T", bound=Table)
 
 def read_assignment(session: Session, job: Job) -> Assignment:
     """Raises `Conflict` when the base model is not ready."""
-    placement, kind = _placement(session, job)
+    return _read(session, job, job.attempt, *_placement(session, job))
+
+
+def read_upcoming(session: Session, job: Job, node: Node) -> Assignment:
+    """Of a job that waits, as if its next attempt had all of `node`. Raises as `read_assignment`."""
+    return _read(session, job, job.attempt + 1, Placement({node.name: tuple(range(node.slots))}), node.kind)
+
+
+def _read(session: Session, job: Job, attempt: int, placement: Placement, kind: str) -> Assignment:
     base_prefix, base_sha256, adapter_prefix = _weights(session, job)
     begins_with = _get(session, Checkpoint, job.parent_checkpoint_id) if job.parent_checkpoint_id else None
     train = _get(session, Dataset, job.dataset_id)
@@ -29,7 +37,7 @@ def read_assignment(session: Session, job: Job) -> Assignment:
     return Assignment(
         job_id=job.id,
         tenant=job.tenant_id,
-        attempt=job.attempt,
+        attempt=attempt,
         placement=placement,
         kind=kind,
         method=job.method,

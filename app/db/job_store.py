@@ -13,7 +13,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, load_only
 
-from app.db.assignments import read_assignment
+from app.db.assignments import read_assignment, read_upcoming
 from app.db.checkpoints import drop_checkpoints
 from app.db.events import NewEvent, append_event
 from app.db.ids import CHECKPOINT, new_id
@@ -24,7 +24,7 @@ from app.db.transitions import Change, transition
 from app.db.turns import order_reason, park_job, renew_lease
 from app.db.usage import allowance
 from cluster.core.events import How
-from cluster.core.job import ACTIVE, JobState, Wish
+from cluster.core.job import ACTIVE, JobState, Node, Wish
 from cluster.errors import Conflict, Fenced, NotFound
 from trainers.run.ports import Allowance, Assignment, Heartbeat, StepRow
 
@@ -40,6 +40,14 @@ class SqlJobStore:
         """Raises `Fenced`, and `Conflict` when the base model is not there any more."""
         with self._database.platform() as session:
             return read_assignment(session, _owned(session, job_id, attempt))
+
+    def upcoming(self, job_id: str, attempt: int, node: Node) -> Assignment:
+        """Raises `Fenced`, and `Conflict` as `assignment`."""
+        with self._database.platform() as session:
+            job = session.get(Job, job_id)
+            if job is None or job.attempt + 1 != attempt or job.state not in (JobState.QUEUED, JobState.SUSPENDED):
+                raise Fenced(f"attempt {attempt} of job {job_id} is not the next one")
+            return read_upcoming(session, job, node)
 
     def heartbeat(self, job_id: str, attempt: int, ttl_s: float) -> Heartbeat:
         with self._database.platform() as session:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,15 @@ def test_files_that_come_after_the_end_of_their_attempt_do_not_stay(
             staging.stage_attempt("j1", 1, files)
     assert not (tmp_path / "node" / "jobs" / "j1" / "a1").exists()
     assert (staging.stage_attempt("j1", 1, files) / "two").read_bytes() == b"1"  # begun again
+
+
+def test_what_a_tenant_kept_is_forgotten_a_week_after_the_last_addition(tmp_path: Path, objects: ObjectStore) -> None:
+    staging = Staging(tmp_path / "node", objects)
+    old, new = (tmp_path / "node" / "caches" / name for name in ("t1", "t2"))
+    for cache in (old, new):
+        cache.mkdir(parents=True)
+        (cache / "tokens.npz").write_bytes(b"tokens")
+    week_ago = time.time() - 8 * 24 * 3600
+    os.utime(old, (week_ago, week_ago))
+    staging.stage_attempt("ftjob-1", 1, {})
+    assert (old.exists(), new.exists()) == (False, True)

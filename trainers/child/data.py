@@ -59,13 +59,26 @@ def encode_row(row: Row, tokenizer: Any) -> Example:
     if "prompt" in row or not getattr(tokenizer, "is_fast", False):
         return _encode_pieces(rendered, tokenizer)
     encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
+    example = _labelled(encoded["input_ids"], encoded["offset_mapping"], rendered)
+    return example if rendered.templated else _with_end(example, tokenizer)
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    """As `encode_row` for each of them. Conversations take one call of the tokenizer, which uses all threads that it may."""
+    together = rows and getattr(tokenizer, "is_fast", False) and all("messages" in row for row in rows)
+    if not together:
+        return [encode_row(row, tokenizer) for row in rows]
+    rendered = [render(row, tokenizer) for row in rows]
+    encoded = tokenizer([one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    return [_labelled(*one) for one in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)]
+
+
+def _labelled(ids: Sequence[int], offsets: Sequence[tuple[int, int]], rendered: Rendered) -> Example:
     labels = [
         token if _begins_in(start, end, rendered.spans) else IGNORED
-        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+        for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    example = Example(ids, labels)
-    return example if rendered.templated else _with_end(example, tokenizer)
+    return Example(list(ids), labels)
 
 
 def _begins_in(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
@@ -103,9 +116,16 @@ def _with_end(example: Example, tokenizer: Any) -> Example:
     return Example([*example.ids, end], [*example.labels, end])
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, hyper: Hyperparams, context: int | None) -> Encoded:
-    """`context`: the longest sequence that the model takes. Raises TrainFailure when a row cannot be trained on."""
-    examples = [encode_row(row, tokenizer) for row in rows]
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    hyper: Hyperparams,
+    context: int | None,
+    examples: Sequence[Example] | None = None,
+) -> Encoded:
+    """`context`: the longest sequence that the model takes; `examples`: the rows as tokens, where they are known. Raises
+    TrainFailure when a row cannot be trained on."""
+    examples = encode_rows(rows, tokenizer) if examples is None else examples
     empty = [number for number, example in enumerate(examples, 1) if example.loss_tokens == 0]
     if empty or not examples:
         raise _no_loss(empty, len(examples))

@@ -18,6 +18,7 @@ from trainers.child.model import Loaded
 from trainers.child.packing import PACKED_TOKENS
 from trainers.child.parted import is_parted
 from trainers.child.render import Row, question
+from trainers.child.token_cache import TokenCache
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -49,7 +50,8 @@ class Validation:
 def make_validation(rows: Sequence[Row], loaded: Loaded, config: TrainConfig) -> Validation:
     """Raises TrainFailure when no row carries loss."""
     hyper = dataclasses.replace(config.hyperparams, overlength="truncate")
-    encoded = encode(rows, loaded.tokenizer, hyper, loaded.context)
+    examples = TokenCache.of(config).encode(rows, loaded.tokenizer)
+    encoded = encode(rows, loaded.tokenizer, hyper, loaded.context, examples)
     chosen = rows[: config.exact_match_rows]
     room = (loaded.context or 1 << 30) - config.max_new_tokens
     asked = [one for row in chosen if (one := _ask(row, loaded.tokenizer)) is not None and len(one.ids) <= room]

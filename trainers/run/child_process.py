@@ -1,88 +1,196 @@
 """Starts the child: the tenant's Python in a sandbox, on a copy of `trainers` that holds the child's modules only, with an
-environment made from nothing. Ends it, too."""
+environment made from nothing; or takes over one that was started before. Ends it, too."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import trainers
+from cluster.errors import HeliostatError
 from runtime_envs.sandbox.process import Prepared, exit_code, prepared
 from trainers.config import launcher_of
 from trainers.protocol import FD_VARIABLE, MARK_VARIABLE, Channel, pair
 from trainers.run.confinement import WRITABLE, Confinement, confinement, visible
+from trainers.run.keeper import connected, end_group
 from trainers.run.parts import WorkerTask
+
+log = logging.getLogger(__name__)
 
 SHIPPED = ("__init__.py", "protocol.py", "config.py", "child")
 
 
+ADOPT_S = 30.0
+"""For a keeper that is there to answer."""
+
+
+class Process(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self) -> int:
+        """Until it has ended; its exit code, negative: the signal. Frees its number."""
+        ...
+
+
 @dataclass
 class Child:
-    """`logs`: the reading end of its output. `note`: what should be known about its isolation."""
+    """`logs`: the reading end of its output. `note`: what should be known about its isolation. `started`: it was told its
+    configuration already. `failure`: why it was ended before this worker came."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     channel: Channel
     logs: int
     sandboxed: bool = False
     note: str = ""
+    started: bool = False
+    failure: dict[str, Any] | None = None
 
     def end(self, grace_s: float) -> int:
         """Waits for it to leave by itself, then kills what is left of its session; the exit code (negative: the
         signal). Killed before it is reaped: until then its number can mean nobody else. A sandbox dies with the process
         that made it."""
-        pidfd = os.pidfd_open(self.process.pid)
-        try:
-            select.select([pidfd], [], [], grace_s)
-        finally:
-            os.close(pidfd)
+        with contextlib.suppress(ProcessLookupError):  # of a child whose keeper was killed
+            _wait(self.process.pid, grace_s)
         self.kill()
         code = self.process.wait()
         return exit_code(code) if self.sandboxed else code
 
     def kill(self) -> None:
         """Only before `end` has returned."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        end_group(self.process.pid)
+
+
+def _wait(pid: int, timeout_s: float) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        select.select([pidfd], [], [], timeout_s)
+    finally:
+        os.close(pidfd)
 
 
 Spawn = Callable[[WorkerTask], Child]
 
 
-def spawn(task: WorkerTask, command: Sequence[str] | None = None) -> Child:
-    """`command`: the arguments of the tenant's Python; None: the launcher of the task's method. To be called from a thread that
-    lives as long as the job: a parent-death signal follows the thread."""
+@dataclass(frozen=True)
+class Start:
+    """What a child's process is made of, but for the socket that it talks over. `fds`: inherited."""
+
+    command: list[str]
+    environment: dict[str, str]
+    cwd: Path | None
+    fds: tuple[int, ...]
+    sandboxed: bool
+    note: str
+
+
+@contextmanager
+def starting(task: WorkerTask, command: Sequence[str] | None = None) -> Iterator[Start]:
+    """Makes the attempt's folder ready for one start, inside of this context. `command`: the arguments of the tenant's
+    Python; None: the launcher of the task's method. Raises `Unavailable` when this node cannot isolate it."""
     scratch = Path(task.scratch)
     code = ship_code(scratch / "code")
     command = command or ("-m", launcher_of(task.config.get("method", "")))
     confined = confinement(task)
+    variables = {**environment(task, confined), "PYTHONPATH": str(code)}
+    cwd = None if confined.sandbox else _folder(scratch / "work")
+    with _around(confined) as box:
+        words = [*box.command, task.python, *command]
+        yield Start(words, variables, cwd, box.fds, confined.sandbox is not None, confined.note)
+
+
+def spawn(task: WorkerTask, command: Sequence[str] | None = None) -> Child:
+    """To be called from a thread that lives as long as the job: a parent-death signal follows the thread."""
     ours, theirs = pair()
     reading, writing = os.pipe()
     try:
-        with _around(confined) as box:
+        with starting(task, command) as start:
             process = subprocess.Popen(  # it outlives this function
-                [*box.command, task.python, *command],
-                env={**environment(task, confined), "PYTHONPATH": str(code), FD_VARIABLE: str(theirs.fileno())},
-                cwd=None if confined.sandbox else _folder(scratch / "work"),
+                start.command,
+                env={**start.environment, FD_VARIABLE: str(theirs.fileno())},
+                cwd=start.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
                 stderr=writing,
-                pass_fds=(theirs.fileno(), *box.fds),
+                pass_fds=(theirs.fileno(), *start.fds),
                 start_new_session=True,
             )
-    except OSError:
+    except (OSError, HeliostatError):
         ours.close()
         os.close(reading)
         raise
     finally:
         theirs.close()
         os.close(writing)
-    return Child(process, ours, reading, confined.sandbox is not None, confined.note)
+    return Child(process, ours, reading, start.sandboxed, start.note)
+
+
+def adopt_or_spawn(task: WorkerTask) -> Child:
+    """The child that was started before this worker was there; a new one where none was, or where it is gone."""
+    if task.keeper is not None:
+        try:
+            return adopt(Path(task.keeper))
+        except OSError as error:
+            log.info("the child of %s that was started early is gone: %s", task.mark, error)
+    return spawn(task)
+
+
+class KeptProcess:
+    """A child whose parent is a keeper."""
+
+    def __init__(self, pid: int, keeper: socket.socket) -> None:
+        self.pid = pid
+        self._keeper = keeper
+
+    def wait(self) -> int:
+        try:
+            self._keeper.settimeout(None)
+            self._keeper.send(b"?")
+            answer = self._keeper.recv(16)
+        except OSError:
+            answer = b""
+        finally:
+            self.leave()
+        return int(answer) if answer else -signal.SIGKILL  # a sandbox dies with its keeper
+
+    def leave(self) -> None:
+        """Its keeper ends it."""
+        self._keeper.close()
+
+
+def adopt(folder: Path) -> Child:
+    """Takes a child over from its keeper. Raises OSError."""
+    keeper = connected(folder, ADOPT_S)
+    try:
+        message, fds, _, _ = socket.recv_fds(keeper, 4096, 2)
+        if not message:
+            raise ConnectionResetError("its keeper left")
+    except OSError:
+        keeper.close()
+        raise
+    told = json.loads(message)
+    channel, logs = fds
+    return Child(
+        KeptProcess(told["pid"], keeper),
+        Channel.from_fd(channel),
+        logs,
+        told["sandboxed"],
+        told["note"],
+        started=True,
+        failure=told["failure"],
+    )
 
 
 @contextmanager

@@ -18,11 +18,15 @@ from runtime_envs.sandbox.watch import folder_over, memory_over
 from trainers.run.parts import WorkerTask
 from trainers.run.preparing import OUT
 
-OURS = frozenset({OUT, "home", "work", "train"})
+KEEPER = "keeper"
+"""Where a child that was started early is handed over."""
+OURS = frozenset({OUT, KEEPER, "home", "work", "train"})
 """Below an attempt's scratch folder: what the child writes into, without a sandbox too, and Ray Train's own folder. All else
 is there to be read."""
 IMPORTS_GIB = 2.0
 """For each rank, above `mem_limit_gb`: what the imports take, which that limit leaves out."""
+MAX_CACHE_BYTES = 4 * GIB
+"""More than a well-behaved child keeps (1 GiB)."""
 DISK_SHARE = 0.8
 """Of what is free: the rest is for the platform and for the others on the node."""
 WRITABLE = (
@@ -58,7 +62,11 @@ def confinement(task: WorkerTask) -> Confinement:
     if mode is None:
         return Confinement(None, note=_warning(task.settings.isolation))
     uid = _uid(task, mode)
-    _given_to(uid, Path(task.config["output_dir"]), mode)
+    output, cache = _writable(task)
+    if folder_over(cache, MAX_CACHE_BYTES):  # or all that its tenant starts here would fail by it
+        shutil.rmtree(cache, ignore_errors=True)
+    for folder in (output, cache):
+        _given_to(uid, folder, mode)
     return Confinement(mode, _sandbox(task, uid))
 
 
@@ -88,15 +96,21 @@ def _sandbox(task: WorkerTask, uid: int) -> Sandbox:
     return Sandbox(
         uid=uid,
         python=Path(task.python),
-        read_only=(*_given(scratch), Path(task.config["base_model"])),
-        writable=(Path(task.config["output_dir"]),),
+        read_only=(*given(scratch), Path(task.config["base_model"])),
+        writable=_writable(task),
         folders=(HOME, WORK, *(HOME / name.lower() for name in WRITABLE)),
         devices=leased(_indexes(task)).files,
         limits=task.settings.sandbox,
     )
 
 
-def _given(scratch: Path) -> list[Path]:
+def _writable(task: WorkerTask) -> tuple[Path, Path]:
+    """Its output, and what its tenant keeps on this node."""
+    return Path(task.config["output_dir"]), Path(task.config["cache_dir"])
+
+
+def given(scratch: Path) -> list[Path]:
+    """What the child may read of its attempt's folder."""
     return [place for place in sorted(scratch.iterdir()) if place.name not in OURS]
 
 
@@ -111,10 +125,12 @@ def _indexes(task: WorkerTask) -> list[int]:
 
 @dataclass(frozen=True)
 class NodeShare:
-    """What a child may take of its node: bytes of memory, of all its processes; bytes of disk, below its output folder."""
+    """What a child may take of its node: bytes of memory, of all its processes; bytes of disk, below its output folder and in
+    what its tenant keeps here."""
 
     memory_bytes: int
     disk_bytes: int
+    cache: Path | None = None
 
     def exceeded(self, pid: int, output: Path) -> JobFailure | None:
         if used := memory_over(pid, self.memory_bytes):
@@ -123,7 +139,7 @@ class NodeShare:
                 code="memory_limit_exceeded",
                 hint="Lower batch_size or max_seq_len, ask for more slots, or raise mem_limit_gb if it is set.",
             )
-        if folder_over(output, self.disk_bytes):
+        if folder_over(output, self.disk_bytes) or (self.cache and folder_over(self.cache, MAX_CACHE_BYTES)):
             return JobFailure(
                 f"the training wrote more than its part of the node's disk, {self.disk_bytes / GIB:.1f} GiB",
                 code="disk_limit_exceeded",
@@ -138,8 +154,10 @@ def node_share(task: WorkerTask) -> NodeShare:
     output = Path(task.config["output_dir"])
     output.mkdir(parents=True, exist_ok=True)
     disk = int(shutil.disk_usage(output).free * DISK_SHARE)
+    cache = Path(task.config["cache_dir"])
+    cache.mkdir(parents=True, exist_ok=True)
     if task.memory_gb is None:
-        return NodeShare(int(machine_memory_gb() * CPU_SHARE * GIB), disk)
+        return NodeShare(int(machine_memory_gb() * CPU_SHARE * GIB), disk, cache)
     asked = task.config.get("memory_limit_gb")
     within = task.memory_gb if asked is None else (asked + IMPORTS_GIB) * task.config["world_size"]
-    return NodeShare(int(min(within, task.memory_gb) * GIB), disk)
+    return NodeShare(int(min(within, task.memory_gb) * GIB), disk, cache)

@@ -185,6 +185,9 @@ class RayAgent:
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
         return self._get(self._actor.stage_attempt.remote(job_id, attempt, files), _PREPARE_S)
 
+    def start_child(self, task: WorkerTask) -> str | None:
+        return self._get(self._actor.start_child.remote(task), _CALL_S)
+
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self._get(self._actor.clear_attempt.remote(job_id, attempt), _CALL_S)
 

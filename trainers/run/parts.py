@@ -68,7 +68,8 @@ class WorkerTask:
     """What one worker of an attempt is told, by an actor call: never in Train's arguments, which lie in the object store.
 
     `config`: a `trainers.config.TrainConfig` as a dict. `visible_devices`: the leased GPUs by number. `uid`: the tenant's own
-    user id, for sandboxes. `memory_gb`: GiB of the node's memory that all of the child may take."""
+    user id, for sandboxes. `memory_gb`: GiB of the node's memory that all of the child may take.
+    `keeper`: the folder in which the child waits that the node's agent has started already."""
 
     job_id: str
     attempt: int
@@ -82,6 +83,7 @@ class WorkerTask:
     settings: DriverSettings
     uid: int | None = None
     memory_gb: float | None = None
+    keeper: str | None = None
 
     @property
     def prefix(self) -> str:
@@ -103,6 +105,10 @@ class AgentHandle(Protocol):
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str: ...
 
     def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str: ...
+
+    def start_child(self, task: WorkerTask) -> str | None:
+        """Before there is a worker; where that finds it, None: the worker is to start it."""
+        ...
 
     def clear_attempt(self, job_id: str, attempt: int) -> None: ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.core.events import How
-from cluster.core.job import JobState, Placement, Wish
+from cluster.core.job import JobState, Node, Placement, Wish
 from trainers.config import Hyperparams
 
 
@@ -110,6 +110,10 @@ class StepRow:
 
 class DriverStore(Protocol):
     def assignment(self, job_id: str, attempt: int) -> Assignment: ...
+
+    def upcoming(self, job_id: str, attempt: int, node: Node) -> Assignment:
+        """Of a job that waits for this attempt, as if that had all of `node`. Raises `Fenced` when it is not the next one."""
+        ...
 
     def heartbeat(self, job_id: str, attempt: int, ttl_s: float) -> Heartbeat:
         """Renews the lease; does not raise `Fenced`."""

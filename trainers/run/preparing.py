@@ -6,9 +6,12 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from cluster.errors import JobFailure
+from cluster.staging import caches_of
 from cluster.storage.objects import ObjectStore, folder_sha256
 from trainers.config import TrainConfig
 from trainers.run.child_files import MANIFEST
@@ -49,6 +52,12 @@ def node_of(assignment: Assignment) -> str:
 
 
 def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
+    """The child starts at once: it imports and loads while Ray starts its worker. Raises as `stage`."""
+    task = stage(assignment, agent, settings, report)
+    return replace(task, keeper=agent.start_child(task))
+
+
+def stage(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
     """Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
     made = _timed("environment", report, lambda: agent.prepare_environment(assignment.lock))
     for stage, seconds in made.get("stages", {}).items():
@@ -141,6 +150,7 @@ def train_config(
         resume_from=f"{scratch}/{RESUME}" if assignment.checkpoint else None,
         exact_match_rows=settings.exact_match_rows,
         memory_limit_gb=assignment.memory_limit_gb,
+        cache_dir=str(caches_of(Path(scratch)) / assignment.tenant),
         metadata=lineage(assignment),
         entrypoint=script.entrypoint if script else None,
         code=f"{scratch}/{PROGRAM}" if script and script.files else None,

@@ -19,7 +19,7 @@ from runtime_envs.sandbox.watch import Watch
 from trainers.protocol import MAX_MESSAGE_BYTES
 from trainers.run.child_files import Upload
 from trainers.run.child_logs import ChildLogs
-from trainers.run.child_process import Child, Spawn, spawn
+from trainers.run.child_process import Child, Spawn, adopt_or_spawn
 from trainers.run.confinement import node_share
 from trainers.run.messages import checked
 from trainers.run.parts import DriverGone, DriverHandle, Order, Record, WorkerTask
@@ -48,10 +48,12 @@ def work(driver: DriverHandle) -> None:
 
 
 class Worker:
-    """The conversation with one child. The listening thread spawns it and stays; one thread speaks to the driver, one
-    uploads in order, one reads the output."""
+    """The conversation with one child. The listening thread spawns it, or takes it over, and stays; one thread speaks to the driver,
+    one uploads in order, one reads the output."""
 
-    def __init__(self, task: WorkerTask, driver: DriverHandle, storage: ObjectStore, spawn: Spawn = spawn) -> None:
+    def __init__(
+        self, task: WorkerTask, driver: DriverHandle, storage: ObjectStore, spawn: Spawn = adopt_or_spawn
+    ) -> None:
         self._task = task
         self._driver = driver
         self._spawn = spawn
@@ -102,8 +104,11 @@ class Worker:
         self._tell("spawned")
         if child.note:
             self._tell("log", level="warning", message=child.note)
+        if child.failure is not None:
+            self._conclude(child.failure)
         try:
-            child.channel.send("start", config=self._task.config)
+            if not child.started:
+                child.channel.send("start", config=self._task.config)
             self._listen(child, uploads)
         except JobFailure as failure:
             self._conclude({"type": "failed", **failure.as_dict()})

@@ -10,6 +10,7 @@ import ray
 from fakes_driver import FolderAgent, MemoryStore
 
 from cluster.storage.objects import ObjectStore
+from trainers.run.nursery import Nursery
 from trainers.run.parts import DriverParts, DriverSettings
 
 ROOT_VARIABLE = "HELIOSTAT_TEST_ROOT"
@@ -41,6 +42,11 @@ class Rows(MemoryStore):
         vars(self).update(changes)
 
 
+class EarlyAgent(FolderAgent):
+    def __init__(self, root: Path, storage: ObjectStore) -> None:
+        super().__init__(root, storage, Nursery())
+
+
 def driver_parts() -> DriverParts:
     settings = DriverSettings(objects_url(), checkpoint_every_s=0.0, exact_match_rows=2)
     return DriverParts(RemoteStore(), settings)
@@ -48,7 +54,7 @@ def driver_parts() -> DriverParts:
 
 def start_agent(node: str) -> Any:
     root = Path(os.environ[ROOT_VARIABLE]) / "node"
-    agent = ray.remote(FolderAgent).options(
+    agent = ray.remote(EarlyAgent).options(
         name=f"agent-{node}", namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=4
     )
     return agent.remote(root, ObjectStore(objects_url()))

@@ -1,0 +1,68 @@
+"""What a tenant's trainings keep on a node: its own, and bounded whatever they do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes_driver import make_world
+
+from runtime_envs.sandbox.host import ability
+from runtime_envs.sandbox.spec import Isolation
+from trainers.run import confinement
+from trainers.run.parts import WorkerTask
+from trainers.run.preparing import prepare
+
+UID = 31_779
+needs_sandbox = pytest.mark.skipif(ability().mode is None, reason=f"no sandbox here: {ability().problem}")
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> WorkerTask:
+    made = make_world(tmp_path, None, settings={"isolation": Isolation.PREFERRED}, uid=UID)
+    return prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confinement, "MAX_CACHE_BYTES", 100_000)
+
+
+def fill(task: WorkerTask, files: int) -> Path:
+    cache = Path(task.config["cache_dir"])
+    cache.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        (cache / f"{number}.npz").write_bytes(b"tokens")
+    return cache
+
+
+def test_it_lies_beside_the_attempts_under_the_tenants_name(task: WorkerTask, tmp_path: Path) -> None:
+    assert task.config["cache_dir"] == str(tmp_path / "node" / "caches" / "t1")
+
+
+@needs_sandbox
+def test_it_is_the_tenants_own_and_the_only_other_place_that_its_child_writes_to(task: WorkerTask) -> None:
+    cache = fill(task, files=1)
+    confined = confinement.confinement(task)
+    assert confined.sandbox is not None
+    assert confined.sandbox.writable == (Path(task.config["output_dir"]), cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert cache.stat().st_uid == (UID if os.geteuid() == 0 else os.geteuid())
+    assert list(cache.iterdir()), "what is small stays"
+
+
+@needs_sandbox
+def test_one_that_grew_too_large_is_emptied_before_the_next_training(task: WorkerTask, full: Any) -> None:
+    cache = fill(task, files=3)
+    confinement.confinement(task)
+    assert list(cache.iterdir()) == []
+
+
+def test_who_fills_it_is_ended(task: WorkerTask, full: Any) -> None:
+    share = confinement.node_share(task)
+    assert share.exceeded(os.getpid(), Path(task.config["output_dir"])) is None
+    fill(task, files=3)
+    failure = share.exceeded(os.getpid(), Path(task.config["output_dir"]))
+    assert failure is not None and failure.code == "disk_limit_exceeded"
