@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -205,14 +206,18 @@ class World:
     root: Path
 
 
+JOB = "ftjob-" + os.environ.get("PYTEST_XDIST_WORKER", "1").removeprefix("gw")
+"""Tests that run side by side look for their own processes."""
+
+
 def make_assignment(storage: ObjectStore, model: dict[str, bytes] | None = None, **changes: Any) -> Assignment:
-    """A job `ftjob-1` of tenant `t1` whose model and rows lie in storage."""
+    """A job of tenant `t1` whose model and rows lie in storage."""
     model = model or {"config.json": b"{}"}
     files = {name: storage.put_bytes(f"base/m/{name}", data) for name, data in model.items()}
     storage.put_bytes("base/m/manifest.json", json.dumps(files).encode())
     rows = storage.put_bytes("tenants/t1/datasets/d/rows.jsonl", changes.pop("rows", b'{"text":"hello"}\n'))
     plain = Assignment(
-        job_id="ftjob-1",
+        job_id=JOB,
         tenant="t1",
         attempt=1,
         placement=Placement({"n1": (0,)}),
@@ -247,5 +252,5 @@ def make_world(root: Path, script: Path | None, settings: dict[str, Any] | None 
     agent, gang = FolderAgent(root / "node", storage), ThreadGang(storage, script)
     times = {"lease_ttl_s": 0.3, "relay_s": 0.05, "checkpoint_every_s": 0.0} | (settings or {})
     parts = DriverParts(store, DriverSettings(storage_url=str(root / "objects"), **times))
-    gang.driver = driver = JobDriver("ftjob-1", 1, parts, agent, gang)
+    gang.driver = driver = JobDriver(JOB, 1, parts, agent, gang)
     return World(store, agent, gang, driver, storage, root)

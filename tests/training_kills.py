@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from builders_child import tree_of
 from builders_llama import capital_rows
-from fakes_driver import FolderAgent, MemoryStore, ThreadGang, make_assignment
+from fakes_driver import JOB, FolderAgent, MemoryStore, ThreadGang, make_assignment
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement
@@ -93,7 +93,7 @@ class LookingAgent(FolderAgent):
         return NodeReport(Node("n1", "cpu", slots=os.cpu_count() or 1, memory_gb=4.0))
 
     def checkpoints(self, attempt: int) -> Path:
-        return self._root / "jobs" / "ftjob-1" / f"a{attempt}" / "out" / "checkpoints"
+        return self._root / "jobs" / JOB / f"a{attempt}" / "out" / "checkpoints"
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         folders = list(self.checkpoints(attempt).glob("*")) + list(self.checkpoints(attempt).glob(".*"))
@@ -197,7 +197,7 @@ class Tapped:
 
 
 class KilledJob:
-    """A job `ftjob-1` on `root`, on the tiny model at `base`."""
+    """A job on `root`, on the tiny model at `base`."""
 
     def __init__(self, root: Path, base: Path, ranks: int = 1, checkpoint_every_s: float = 0.0) -> None:
         self.storage = ToldStore(str(root / "objects"))
@@ -219,7 +219,7 @@ class KilledJob:
         self.storage.uploading = killer.uploading
         self._begin(number)
         gang._spawn = killer.spawn
-        gang.driver = JobDriver("ftjob-1", number, self._parts, self.agent, gang)
+        gang.driver = JobDriver(JOB, number, self._parts, self.agent, gang)
         thread = threading.Thread(target=gang.driver.run)
         thread.start()
         thread.join(240)

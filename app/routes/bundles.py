@@ -11,25 +11,10 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from app.deps import CallerDep, Ref, ServicesDep
-from app.routes.upload import read_bundle
+from app.routes.upload import BUNDLE_MULTIPART, read_bundle
 
 router = APIRouter(prefix="/environments", tags=["environments"])
 PACKED = "application/gzip"
-FILE_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "additionalProperties": False,
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
 
 
 @router.get("/{ref}/bundle", response_class=FileResponse, responses={200: {"content": {PACKED: {}}}})
@@ -48,7 +33,7 @@ def export_environment(
     return FileResponse(bundle, media_type=PACKED, filename=bundle.name, background=cleanup)
 
 
-@router.post("/import", status_code=201, openapi_extra=FILE_BODY)
+@router.post("/import", status_code=201, openapi_extra=BUNDLE_MULTIPART)
 async def import_environment(
     request: Request, response: Response, caller: CallerDep, services: ServicesDep
 ) -> dict[str, Any]:

@@ -23,46 +23,26 @@ MAX_CODE_BYTES = 256 * 1024 * 1024
 ENVELOPE_BYTES = 64 * 1024
 """What boundaries and the other fields may take."""
 
-MULTIPART: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
-                        "format": {"type": "string", "enum": ["auto", "jsonl", "json", "csv", "parquet"]},
-                        "map": {"type": "array", "items": {"type": "string"}, "description": "field=column"},
-                    },
-                }
-            }
-        },
-    }
-}
+NAME = {"name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"}}
 
 
-CODE_MULTIPART: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "description": ".tar.gz or .zip"},
-                        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
-                    },
-                }
-            }
-        },
-    }
-}
+def multipart(file: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's words for a form with a `file`, described so, and these fields."""
+    properties = {"file": {"type": "string", "format": "binary", "description": file}, **fields}
+    schema = {"type": "object", "required": ["file"], "additionalProperties": False, "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+MULTIPART = multipart(
+    "Rows.",
+    {
+        **NAME,
+        "format": {"type": "string", "enum": ["auto", "jsonl", "json", "csv", "parquet"]},
+        "map": {"type": "array", "items": {"type": "string"}, "description": "field=column"},
+    },
+)
+CODE_MULTIPART = multipart(".tar.gz or .zip", NAME)
+BUNDLE_MULTIPART = multipart("A bundle of `env export`.", {})
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,11 +39,10 @@ class BundleService:
         folder = Path(tempfile.mkdtemp(prefix="bundle-", dir=self._scratch()))
         target = folder / f"{row.name}-{row.version}.tar.gz"
         places = Places(pip_index(settings), from_storage(self._parts.storage))
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(shutil.rmtree, folder, ignore_errors=True)
             export_bundle(target, (row.spec, row.lock), signing_key(settings), places, whole=whole)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            on_failure.pop_all()
         return target
 
     def create(self, caller: Caller, source: IO[bytes]) -> dict[str, Any]:

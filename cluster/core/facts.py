@@ -393,8 +393,6 @@ class Facts:
             looks.append((now // self.policy.look_s + 1) * self.policy.look_s)
         if self.waiting.pressing():
             looks.append(self.pools.settles_after(now))
-        wake = next(iter(self._wakes.irange((now, "\U0010ffff"))), None)
-        if wake is not None:
-            looks.append(wake[0])
+        looks += [wakes_at for wakes_at, _ in islice(self._wakes.irange((now, "\U0010ffff")), 1)]
         looks += [expires_at(one, self.policy) for one in self.parked.values() if not one.yielding]
         return min((look for look in looks if now < look < math.inf), default=None)

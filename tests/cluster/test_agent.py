@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fakes_cluster import NoEnvironments
+from waiting import until
 
 from cluster.agent import NodeAgent
 from cluster.errors import Conflict, NotFound, Unavailable
@@ -210,7 +211,7 @@ def test_ending_an_attempt_kills_its_processes_and_clears_its_scratch(agent: Nod
     scratch = Path(agent.stage_attempt("ftjob-end", 1, _files(objects)))
     with subprocess.Popen(["sleep", "600"], env={MARK_VARIABLE: "ftjob-end/1"}, start_new_session=True) as process:
         try:
-            assert agent.report().attempts == {("ftjob-end", 1)}
+            until(lambda: agent.report().attempts == {("ftjob-end", 1)})  # /proc shows it a moment after the start
             assert agent.end_attempt("ftjob-end", 1)
             assert process.wait(5) == -9
         finally:

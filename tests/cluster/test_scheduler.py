@@ -336,6 +336,7 @@ def test_the_loop_waits_for_a_database_that_is_not_there_yet(world: World) -> No
     world.store.down = None
     until(lambda: scheduler.ping() == 2)
     stop()
+    assert scheduler.state()["problem"] is None
 
 
 def _run(scheduler: Scheduler) -> Callable[[], None]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from builders_llama import make_tiny_llama
 from builders_wheels import write_wheel
-from heliostat_service import SETTINGS, Service, ended, started
+from heliostat_service import Service, ended, started
+from turn_taking import TURNS
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(llama: Path, shelf: Path) -> Iterator[Service]:
-    running = started({**SETTINGS, "PIP_FIND_LINKS": json.dumps([str(shelf)])})
+    running = started({**TURNS, "PIP_FIND_LINKS": json.dumps([str(shelf)])})
     try:
         running.add_base_model("tiny", llama)
         yield running

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,18 +18,15 @@ from builders_api import code_archive, upload_code
 from heliostat_service import (
     Row,
     Service,
-    ended,
     events,
     explain_failure,
     job,
-    started,
     submit,
     upload,
     wait_done,
     wait_for,
 )
 from kills import losses, reached, starts
-from turn_taking import TURNS
 
 from trainers.protocol import MARK_VARIABLE
 
@@ -51,24 +47,13 @@ LABELS = [{"text": f"{word} number {n}", "label": word} for n in range(6) for wo
 URGENT = "import os, pathlib\npathlib.Path(os.environ['HELIOSTAT_OUTPUT'], 'done').write_text('x')\n"
 
 
-@pytest.fixture(scope="module")
-def two_slots(llama: Path) -> Iterator[Service]:
-    running = started(TURNS)
-    try:
-        running.add_base_model("tiny", llama)
-        yield running
-    finally:
-        ended(running)
-
-
 def body(entrypoint: str, slots: int, **more: object) -> Row:
     resources = {"gpu_type": "cpu", "num_gpus": slots}
     request = {"base_model": "tiny", "dataset_id": "queues", "method": "custom", "code": "classifier"}
     return {**request, "entrypoint": entrypoint, "resource_config": resources, **more}
 
 
-def test_a_script_is_parked_killed_and_resumed(two_slots: Service, tmp_path: Path) -> None:
-    service = two_slots
+def test_a_script_is_parked_killed_and_resumed(service: Service, tmp_path: Path) -> None:
     client, rival = service.client(), service.tenant("globex")
     for one in (client, rival):
         upload(one, "queues", LABELS)

@@ -4,11 +4,9 @@ no number of any training is touched by its turns."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from heliostat_service import Service, ended, explain_failure, job, rows, started, submit, upload, wait_done, wait_for
+from heliostat_service import Service, explain_failure, job, rows, submit, upload, wait_done, wait_for
 from kills import losses
 from turn_taking import (
     LONG,
@@ -16,7 +14,6 @@ from turn_taking import (
     QUANTUM_S,
     SHORT,
     SWITCH_S,
-    TURNS,
     URGENT,
     WORK,
     follow_urgent,
@@ -29,18 +26,7 @@ from turn_taking import (
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def two_slots(llama: Path) -> Iterator[Service]:
-    running = started(TURNS)
-    try:
-        running.add_base_model("tiny", llama)
-        yield running
-    finally:
-        ended(running)
-
-
-def test_six_jobs_of_three_tenants_take_turns(two_slots: Service) -> None:
-    service = two_slots
+def test_six_jobs_of_three_tenants_take_turns(service: Service) -> None:
     clients = {name: service.tenant(name) for name in ("acme", "globex", "initech")}
     for client in clients.values():
         upload(client, "colours", rows(64))

@@ -126,6 +126,22 @@ def build(service: FakeService) -> FastAPI:
     async def get(id: str) -> Any:
         return service.jobs.get(id) or error(404, "not_found", f"no job {id}")
 
+    _told_of_a_job(app, service)
+    _data_routes(app, service)
+
+    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def other(request: Request, path: str) -> Response:
+        body = await request.body()
+        service.bodies.append(json.loads(body) if body else None)
+        found = service.objects.get(f"{request.method} /{path}")
+        if callable(found):
+            found = found()
+        return JSONResponse(found) if found is not None else error(404, "not_found", f"nothing at {path}")
+
+    return app
+
+
+def _told_of_a_job(app: FastAPI, service: FakeService) -> None:
     @app.get("/api/v1/finetune/{id}/events")
     async def events(request: Request, id: str) -> Response:
         if "text/event-stream" not in request.headers.get("accept", ""):
@@ -149,19 +165,6 @@ def build(service: FakeService) -> FastAPI:
             return StreamingResponse(_log_sse(service, id, attempt, last), media_type="text/event-stream")
         text = "".join(f"{line}\n" for line in (lines if tail is None else lines[len(lines) - tail :]))
         return Response(text, media_type="text/plain", headers={"x-log-attempt": str(attempt)})
-
-    _data_routes(app, service)
-
-    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-    async def other(request: Request, path: str) -> Response:
-        body = await request.body()
-        service.bodies.append(json.loads(body) if body else None)
-        found = service.objects.get(f"{request.method} /{path}")
-        if callable(found):
-            found = found()
-        return JSONResponse(found) if found is not None else error(404, "not_found", f"nothing at {path}")
-
-    return app
 
 
 def _data_routes(app: FastAPI, service: FakeService) -> None:

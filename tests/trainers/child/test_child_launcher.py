@@ -168,6 +168,7 @@ def test_end_of_file_ends_the_whole_tree(world_size: int, child: Child, long_run
 def test_end_of_file_ends_a_parked_tree(child: Child, long_run: TrainConfig) -> None:
     running(child, replace(long_run, world_size=2)).command("park")
     pids = tree_of(child.pid)
+    assert len(pids) == 3
     child.channel.close()
     until(lambda: is_gone(pids))
 

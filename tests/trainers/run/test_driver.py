@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import scripted_child_names as does
-from fakes_driver import World, make_world
+from fakes_driver import JOB, World, make_world
 
 from cluster.core.job import JobState, Placement, Wish
 from cluster.errors import EnvironmentError_, Unavailable
@@ -36,7 +36,7 @@ def run(made: World, meanwhile: Callable[[], None] = lambda: None) -> World:
     meanwhile()
     thread.join(30)
     assert not thread.is_alive()
-    until(lambda: ("ftjob-1", 1) not in running_attempts())
+    until(lambda: (JOB, 1) not in running_attempts())
     return made
 
 
@@ -48,7 +48,7 @@ def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 
 def log_of(made: World) -> str:
-    keys = made.storage.keys("tenants/t1/jobs/ftjob-1/logs/a1/r0")
+    keys = made.storage.keys(f"tenants/t1/jobs/{JOB}/logs/a1/r0")
     return b"".join(made.storage.read_bytes(key) for key in keys).decode()
 
 
@@ -60,11 +60,11 @@ def test_a_job_goes_from_its_assignment_to_a_stored_model(tmp_path: Path) -> Non
     assert list(store.steps) == STEPS
     assert [checkpoint.step for checkpoint in store.checkpoints] == STEPS
     assert store.result is not None
-    assert store.result["prefix"] == "tenants/t1/models/ftjob-1/a1"
-    assert made.storage.read_bytes("tenants/t1/models/ftjob-1/a1/adapter_model.safetensors") == b"adapter"
+    assert store.result["prefix"] == f"tenants/t1/models/{JOB}/a1"
+    assert made.storage.read_bytes(f"tenants/t1/models/{JOB}/a1/adapter_model.safetensors") == b"adapter"
     assert store.result["lineage"]["base_model"] == "m"
     assert store.result["lineage"]["hyperparams"]["batch_size"] == 8
-    assert made.agent.cleared == [("ftjob-1", 1)]
+    assert made.agent.cleared == [(JOB, 1)]
     assert made.gang.ended == 1
 
 
@@ -158,7 +158,7 @@ def test_hostile_files_are_not_taken_over(tmp_path: Path, seed: int) -> None:
     assert made.store.error is not None
     assert made.store.error["code"] == "output_refused"
     assert made.store.checkpoints == []
-    stored = [key for key in made.storage.keys("tenants/t1/jobs/ftjob-1") if key.endswith("weights")]
+    stored = [key for key in made.storage.keys(f"tenants/t1/jobs/{JOB}") if key.endswith("weights")]
     assert stored == []
 
 
@@ -241,7 +241,7 @@ def test_training_goes_on_while_the_database_is_down(tmp_path: Path) -> None:
 
     def back_later() -> None:
         until(lambda: made.store.down)
-        until(lambda: made.storage.exists("tenants/t1/models/ftjob-1/a1/manifest.json"))
+        until(lambda: made.storage.exists(f"tenants/t1/models/{JOB}/a1/manifest.json"))
         made.store.on_checkpoint = lambda: None
         made.store.down = False
 

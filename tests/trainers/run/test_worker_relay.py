@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import scripted_child_names as does
-from fakes_driver import make_world
+from fakes_driver import JOB, make_world
 from waiting import until
 
 from cluster.core.job import JobState
@@ -49,5 +49,5 @@ def test_a_worker_that_is_not_heard_ends_its_child(tmp_path: Path, error: Except
     thread.start()
     thread.join(15)
     assert not thread.is_alive()
-    until(lambda: ("ftjob-1", 1) not in running_attempts())  # what the sandbox holds dies with it, a moment later
+    until(lambda: (JOB, 1) not in running_attempts())  # what the sandbox holds dies with it, a moment later
     assert made.store.state is JobState.PREPARING
