@@ -94,7 +94,7 @@ class HostEnvironments:
         if lock.pip:
             before = seal(prefix)
             fetch_bundled(lock, home, self._fetch)
-            index = index_on(home, lock.bundled, self._index or machine_index())
+            index = index_on(home, lock, self._index or machine_index())
             install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
             _check_seal(prefix, before)
             _compile(prefix, lock_fd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +43,9 @@ def pixi_on(home: Path, lock: CondaLock) -> str:
     return with_places(lock.pixi, urls) if urls else lock.pixi
 
 
-def index_on(home: Path, bundled: Mapping[str, str], index: PipIndex) -> PipIndex:
-    """For the pip part."""
-    return replace(index, find_links=(*index.find_links, str(home / FOLDER))) if bundled else index
+def index_on(home: Path, lock: CondaLock | Lock, index: PipIndex) -> PipIndex:
+    """For the pip part; nobody else is asked where all of it came along, for uv asks an index even for what it has."""
+    folder = str(home / FOLDER)
+    if lock.pip and all(package.filename in lock.bundled for package in lock.pip):
+        return PipIndex(find_links=(folder,), offline=True)
+    return replace(index, find_links=(*index.find_links, folder)) if lock.bundled else index

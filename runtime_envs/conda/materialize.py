@@ -148,7 +148,7 @@ class CondaEnvironments:
             self._install(site, [PYTHON])
         if site.lock.pip:
             with site.watch.stage("pip"):
-                index = index_on(site.home, site.lock.bundled, self._index or machine_index())
+                index = index_on(site.home, site.lock, self._index or machine_index())
                 install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
         kept = source.packages if source else {}
         if others := [package.name for package in site.lock.conda if package.name not in kept]:

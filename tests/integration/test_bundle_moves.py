@@ -35,7 +35,7 @@ def bundle(service: Service, tmp_path: Path) -> Path:
     made = service.client().post("/environments", json={"spec": SPEC})
     assert made.status_code == 201, made.text
     file = tmp_path / "carried.tar.gz"
-    service.heliostat("env", "export", "carried", "--output", str(file))
+    service.heliostat("env", "export", "carried", "--out", str(file))
     return file
 
 
