@@ -34,7 +34,7 @@ from runtime_envs.index import PipIndex
 from runtime_envs.lock import Solved
 from runtime_envs.materialize import Prepared
 from runtime_envs.usage import disk_bytes
-from runtime_envs.verify import full_verify, quick_verify
+from runtime_envs.verify import full_verify, quick_verify, read_manifest
 
 BASE = ["torch==2.13.0", "transformers", "peft", "accelerate", "deepspeed", "safetensors"]
 TENANT = [
@@ -144,7 +144,7 @@ class Bench:
         made, facts = self.made(), self.report.facts
         home, prefix = made.prefix.parent, str(made.prefix)
         facts["packages"] = len(list((made.prefix / "conda-meta").glob("*.json")))
-        facts["files"] = len(json.loads((home / "manifest.json").read_bytes())["files"])
+        facts["files"] = len(json.loads(read_manifest(home))["files"])
         facts["prefix_gb"] = round(disk_bytes(made.prefix) / 1e9, 2)
         find = ("find", prefix, "-type", "f", "-printf", "%s %T@\n")
         sums = f"find {prefix} -type f -print0 | xargs -0 -n 256 -P $(nproc) sha256sum"

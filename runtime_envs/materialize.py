@@ -1,6 +1,6 @@
 """Makes environments on one node: lock → immutable prefix, once, whoever asks and whatever gets killed meanwhile.
 
-`<root>/envs/<fingerprint>/` holds `prefix/`, `lock.json`, `manifest.json` and, written last, `READY`."""
+`<root>/envs/<fingerprint>/` holds `prefix/`, `lock.json`, `manifest.json.gz` and, written last, `READY`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, 
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.lock import Lock, LockedPackage, check_base, read_lock
 from runtime_envs.uv import READABLE_UMASK, run_uv
-from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_ready, quick_verify, walk
+from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_ready, packed, quick_verify, walk
 
 LOCK_TIMEOUT_S = 1800.0
 COMPILE_TIMEOUT_S = 900.0
@@ -100,7 +100,7 @@ class HostEnvironments:
             _compile(prefix, lock_fd)
         make_readable(home)
         write_durably(home / LOCK, lock.model_dump_json())
-        write_durably(home / MANIFEST, json.dumps(build_manifest(prefix)))
+        write_durably(home / MANIFEST, packed(json.dumps(build_manifest(prefix)).encode()))
         write_durably(home / READY, "")
 
 
@@ -182,9 +182,9 @@ def make_readable(folder: Path) -> None:
             path.chmod(0o755 if mode & stat.S_IXUSR else 0o644)
 
 
-def write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_durably(path: Path, contents: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
         file.flush()
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())

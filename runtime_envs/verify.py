@@ -7,16 +7,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 READY = "READY"
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json.gz"
 PREFIX = "prefix"
 CHUNK_BYTES = 1024 * 1024
 CHUNK_FILES = 256
+GZIP = 16 + zlib.MAX_WBITS
 
 
 def is_ready(home: Path) -> bool:
@@ -69,9 +71,23 @@ def full_verify(home: Path) -> list[str]:
     return sorted({*damaged, *_changed_links(prefix, manifest["links"]), *_unknown(prefix, manifest)})
 
 
+def packed(manifest: bytes) -> bytes:
+    """Its file: of JSON, as `build_manifest` says. A large environment's is some MB, two thirds of them names."""
+    packer = zlib.compressobj(1, wbits=GZIP)
+    return packer.compress(manifest) + packer.flush()
+
+
+def read_manifest(home: Path) -> bytes:
+    """Its JSON. Raises OSError, and ValueError when it is not whole."""
+    try:
+        return zlib.decompress((home / MANIFEST).read_bytes(), wbits=GZIP)
+    except zlib.error as error:
+        raise ValueError(f"{home / MANIFEST}: {error}") from error
+
+
 def _manifest(home: Path) -> dict[str, Any] | None:
     try:
-        manifest: dict[str, Any] = json.loads((home / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads(read_manifest(home))
     except (OSError, ValueError):
         return None
     return manifest

@@ -26,7 +26,7 @@ from runtime_envs.conda.prefix import Linked, meta_name, read_prefix
 from runtime_envs.flock import held
 from runtime_envs.materialize import LOCK, lock_file
 from runtime_envs.uv import READABLE_UMASK
-from runtime_envs.verify import MANIFEST, PREFIX, is_ready
+from runtime_envs.verify import PREFIX, is_ready, read_manifest
 
 PROCESS = Path(__file__).with_name("link_process.py")
 PYTHON = "python"
@@ -72,7 +72,7 @@ class Source:
 
 def read_source(home: Path, byte_code: Path, lock: CondaLock, lock_fd: int) -> Source:
     """Raises NotAlike, OSError, ValueError, KeyError for what cannot be one."""
-    manifest = Manifest(**orjson.loads((home / MANIFEST).read_bytes()))
+    manifest = Manifest(**orjson.loads(read_manifest(home)))
     packages = {package.name: package for package in _in_common(read_prefix(home / PREFIX), set(_pairs(lock)))}
     if PYTHON not in packages:
         raise NotAlike(PYTHON)

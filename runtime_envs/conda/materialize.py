@@ -41,7 +41,7 @@ from runtime_envs.materialize import (
     lock_file,
     write_durably,
 )
-from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, quick_verify, sha256_of, walk
+from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, packed, quick_verify, sha256_of, walk
 
 PIXI_LOCK = "pixi.lock"
 
@@ -171,7 +171,7 @@ class CondaEnvironments:
                 forget_prefix(site.prefix, package)
             (site.prefix / META / "history").touch()
             (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
-            write_durably(site.home / MANIFEST, orjson.dumps(_manifest(site, own, known, taken)).decode())
+            write_durably(site.home / MANIFEST, packed(orjson.dumps(_manifest(site, own, known, taken))))
 
     def _clear(self, site: _Site) -> None:
         if site.home.exists():  # somebody was killed while building it

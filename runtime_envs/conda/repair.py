@@ -16,7 +16,7 @@ from runtime_envs.conda.bytecode import INDEX, TREE, Compiler, byte_code_name, c
 from runtime_envs.conda.engine import ask
 from runtime_envs.conda.prefix import Linked, read_prefix
 from runtime_envs.materialize import write_durably
-from runtime_envs.verify import MANIFEST, PREFIX, is_ready, sha256_of
+from runtime_envs.verify import MANIFEST, PREFIX, is_ready, packed, read_manifest, sha256_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def repair_files(site: Site, damaged: Sequence[str]) -> Repaired:
 
 
 def _manifest(home: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = orjson.loads((home / MANIFEST).read_bytes())
+    manifest: dict[str, Any] = orjson.loads(read_manifest(home))
     return manifest
 
 
@@ -211,5 +211,5 @@ def _learn(home: Path, name: str, digest: str) -> None:
     manifest["files"][name] = [status.st_size, status.st_mtime_ns, digest]
     with tempfile.TemporaryDirectory(prefix=".repair-", dir=home) as folder:
         new = Path(folder) / MANIFEST
-        write_durably(new, orjson.dumps(manifest).decode())
+        write_durably(new, packed(orjson.dumps(manifest)))
         new.replace(home / MANIFEST)

@@ -117,11 +117,16 @@ def _granted(store: FileStore) -> list[tuple[str, int]]:
     return sorted(store.look().leases)
 
 
+def _named_actors() -> set[str]:
+    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+
 def test_jobs_are_granted_on_the_agents_node_and_recovered(store: FileStore) -> None:
     store.queue(a_job("ftjob-a", gang(1)))
     until(lambda: _granted(store) == [("ftjob-a", 1)], 30)
     until(lambda: "ftjob-a/1" in client.scheduler_state()["running"], 10)
     store.move("ftjob-a", JobState.RUNNING)
+    until(lambda: "driver-ftjob-a-1" in _named_actors(), 20)  # granted is not yet started
     ray.kill(ray.get_actor("driver-ftjob-a-1", client.NAMESPACE))
     until(lambda: _granted(store) == [("ftjob-a", 2)], 20)
     assert store.look().reasons == ["its driver is gone"]

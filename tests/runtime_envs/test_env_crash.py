@@ -59,7 +59,7 @@ MOMENTS = {
     "the first package": "envs/{}/prefix/lib/*/site-packages/big",
     "byte code": "envs/{}/prefix/lib/*/site-packages/big/__pycache__",
     "before the manifest": "envs/{}/lock.json",
-    "before READY": "envs/{}/manifest.json",
+    "before READY": "envs/{}/manifest.json.gz",
 }
 
 

@@ -57,7 +57,7 @@ def test_a_file_that_nobody_knows(home: Path) -> None:
 
 @pytest.mark.parametrize("text", [None, "", "{"])
 def test_without_a_manifest(home: Path, text: str | None) -> None:
-    (home / "manifest.json").unlink()
+    (home / "manifest.json.gz").unlink()
     if text is not None:
-        (home / "manifest.json").write_text(text)
-    assert quick_verify(home) == ["manifest.json"] == full_verify(home)
+        (home / "manifest.json.gz").write_text(text)
+    assert quick_verify(home) == ["manifest.json.gz"] == full_verify(home)
