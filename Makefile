@@ -45,8 +45,10 @@ lint: install-test
 unit: install-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not integration" tests
 
+# Whole services one after the other; the rest side by side.
 test: lint unit
-	$(BIN)/pytest -q -m integration tests
+	$(BIN)/pytest -q -n 2 --dist loadfile -m integration --ignore=tests/integration tests
+	$(BIN)/pytest -q -m integration tests/integration
 
 drill: install-test
 	$(BIN)/python -m tests.drills.kills
