@@ -51,6 +51,7 @@ class NodeAgent:
                 checks = EnvironmentChecks(parts.environments, self._note)
                 if parts.settings.full_check_at:
                     checks.start_daily(parts.settings.full_check_at, self._name)
+                staging.clear_all_ahead()
                 notice = parts.settings.notice_file
                 self._opened = _Opened(parts.environments, checks, staging, offer, notice, parts.children)
             return self._opened
@@ -80,9 +81,12 @@ class NodeAgent:
         """The folder with the model. Raises `NotFound`, `Conflict` (`object_damaged`)."""
         return str(self._open().staging.stage_model(prefix, sha256, files))
 
-    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
-        """The scratch folder of the attempt, with the files (name → (key, sha256)) in it. Raises as `stage_model`."""
-        return str(self._open().staging.stage_attempt(job_id, attempt, files))
+    def stage_attempt(
+        self, job_id: str, attempt: int, files: dict[str, tuple[str, str]], *, ahead: bool = False
+    ) -> str:
+        """The scratch folder of the attempt, with the files (name → (key, sha256)) in it. `ahead`: it is not granted yet.
+        Raises as `stage_model`."""
+        return str(self._open().staging.stage_attempt(job_id, attempt, files, ahead=ahead))
 
     def start_child(self, task: Any) -> str | None:
         """The training child of a worker that is not there yet: where it will find it, or None."""
@@ -99,6 +103,10 @@ class NodeAgent:
         children = self._open().children
         if children is not None:
             children.prepare(coming, self)
+
+    def clear_ahead(self, job_id: str, attempt: int) -> None:
+        """What was staged ahead for an attempt that does not come here."""
+        self._open().staging.clear_ahead(job_id, attempt)
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self._open().staging.clear_attempt(job_id, attempt)

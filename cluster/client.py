@@ -199,7 +199,7 @@ def _report(call: Any, node: str) -> NodeReport | None:
 
 
 class AgentActor(NodeAgent):
-    """An environment may take minutes, and eight may be made at a time; reports and ends go by their own threads."""
+    """An environment may take minutes, and eight may be made at a time; reports, starts and ends go by threads of their own."""
 
     def __init__(self, name: str, wiring: AgentWiring) -> None:
         logging.basicConfig(level=logging.INFO)
@@ -212,6 +212,14 @@ class AgentActor(NodeAgent):
     @ray.method(concurrency_group="control")
     def expect(self, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
         return super().expect(attempts)
+
+    @ray.method(concurrency_group="control")
+    def prepare_ahead(self, coming: Any) -> None:
+        super().prepare_ahead(coming)
+
+    @ray.method(concurrency_group="starts")
+    def start_child(self, task: Any) -> str | None:
+        return super().start_child(task)
 
     @ray.method(concurrency_group="control")
     def end_attempt(self, job_id: str, attempt: int) -> bool:
@@ -246,5 +254,5 @@ class SchedulerActor(Scheduler):
                 os._exit(1)
 
 
-_agents: Any = ray.remote(concurrency_groups={"control": 4}, max_concurrency=8)(AgentActor)
+_agents: Any = ray.remote(concurrency_groups={"control": 4, "starts": 2}, max_concurrency=8)(AgentActor)
 _schedulers: Any = ray.remote(max_concurrency=4)(SchedulerActor)

@@ -34,17 +34,21 @@ class Hints:
         self._nodes = nodes
         self._asking = asking
         self._named: dict[str, list[Attempt]] = {}
+        self._begun = False
 
     def tell(self, facts: Facts, active: Iterable[ActiveJob], changed: Collection[str]) -> None:
         """To be called now and then: what a node is not told of again it lets go. `changed`: jobs whose rows know better
         than the facts, such as those that were granted a moment ago."""
         if self._upcoming is None or self._ahead == 0:
             return
+        if not self._begun:  # whoever hinted before us may have named jobs that have gone since
+            self._named = {name: [] for name in facts.pools.nodes}
+            self._begun = bool(self._named)
         self._drop(facts, active)
         self._name(facts, changed)
         for name, keys in list(self._named.items()):
             said = self._asking.ask(
-                ("expect", name), partial(self._say, self._upcoming, facts.pools.nodes[name], tuple(keys))
+                f"what {name} expects", partial(self._say, self._upcoming, facts.pools.nodes[name], tuple(keys))
             )
             if said == () and not keys:
                 del self._named[name]
@@ -88,6 +92,8 @@ class Hints:
                 self._nodes.prepare_ahead(node.name, upcoming(key, node))
             except HeliostatError as error:  # it waits no more, or its driver will meet the same
                 log.info("node %s does not prepare for job %s: %s", node.name, key[0], error.message)
+            except Exception:  # one row that cannot be read must not stop the scheduler, nor the hints of others
+                log.exception("node %s does not prepare for job %s", node.name, key[0])
         return keys
 
 

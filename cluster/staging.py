@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -61,12 +62,21 @@ class Staging:
             self._fetch(f"{prefix}/{name}", folder, name, file_sha256)
         (folder / READY).write_text(json.dumps({name: (folder / name).stat().st_size for name in files}))
 
-    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> Path:
-        """The scratch folder of an attempt with its files (name → (key, sha256)); those of older attempts go.
-        Raises `NotFound`, `Conflict` (`object_damaged`), `Unavailable` when the attempt was ended meanwhile."""
+    def stage_attempt(
+        self, job_id: str, attempt: int, files: dict[str, tuple[str, str]], *, ahead: bool = False
+    ) -> Path:
+        """The scratch folder of an attempt with its files (name → (key, sha256)); those of older attempts go. `ahead`: it was
+        not granted yet, and is marked so. Raises `NotFound`, `Conflict` (`object_damaged`), `Unavailable` when the attempt was
+        ended meanwhile."""
         self._forget_ended_jobs()
         scratch = self._scratch(job_id, attempt)
         with _locked(scratch.parent / "lock"):
+            if ahead and scratch.is_dir() and not _ahead(scratch).exists():
+                return scratch  # granted while this call was on its way
+            if ahead:
+                _ahead(scratch).touch()
+            else:
+                _ahead(scratch).unlink(missing_ok=True)
             _ended(scratch).unlink(missing_ok=True)
             for older in scratch.parent.glob("a*"):
                 if older.name.removeprefix("a").isdecimal() and int(older.name[1:]) < attempt:
@@ -88,6 +98,20 @@ class Staging:
                 _ended(scratch).touch()
         shutil.rmtree(scratch, ignore_errors=True)
 
+    def clear_ahead(self, job_id: str, attempt: int) -> None:
+        """Unless it was granted since."""
+        scratch = self._scratch(job_id, attempt)
+        if scratch.parent.is_dir():
+            with _locked(scratch.parent / "lock"):
+                if _ahead(scratch).exists():
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    _ahead(scratch).unlink()
+
+    def clear_all_ahead(self) -> None:
+        """When nobody knows any more what for."""
+        for mark in (self._root / "jobs").glob(f"*/{_ahead(Path('a*')).name}"):
+            self.clear_ahead(mark.parent.name, int(mark.name.rpartition("-a")[2]))
+
     def ran_here(self, job_id: str) -> bool:
         return (self._root / "jobs" / job_id).is_dir()
 
@@ -101,6 +125,8 @@ class Staging:
 
     def _fetch(self, key: str, folder: Path, name: str, sha256: str) -> None:
         target = folder / _relative(name)
+        if _holds(target, sha256):
+            return  # it came ahead
         _make_folder(target.parent)
         self._objects.get_file(key, target, sha256)
 
@@ -111,6 +137,18 @@ class Staging:
 def caches_of(scratch: Path) -> Path:
     """Of the node on which an attempt has this scratch folder: a folder for each tenant."""
     return scratch.parents[2] / CACHES
+
+
+def _holds(file: Path, sha256: str) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as contents:
+        return hashlib.file_digest(contents, "sha256").hexdigest() == sha256
+
+
+def _ahead(scratch: Path) -> Path:
+    """There while the attempt was not granted."""
+    return scratch.with_name(f"next-{scratch.name}")
 
 
 def _ended(scratch: Path) -> Path:

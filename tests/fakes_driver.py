@@ -163,11 +163,17 @@ class FolderAgent:
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         return str(self._staging.stage_model(prefix, sha256, files))
 
-    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
-        return str(self._staging.stage_attempt(job_id, attempt, files))
+    def stage_attempt(
+        self, job_id: str, attempt: int, files: dict[str, tuple[str, str]], *, ahead: bool = False
+    ) -> str:
+        return str(self._staging.stage_attempt(job_id, attempt, files, ahead=ahead))
 
     def start_child(self, task: WorkerTask) -> str | None:
         return None if self.children is None else self.children.start(task)
+
+    def clear_ahead(self, job_id: str, attempt: int) -> None:
+        self.cleared.append((job_id, attempt))
+        self._staging.clear_ahead(job_id, attempt)
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self.cleared.append((job_id, attempt))

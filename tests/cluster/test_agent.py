@@ -189,6 +189,39 @@ def test_the_files_of_an_attempt_lie_in_its_scratch_and_older_ones_go(agent: Nod
     assert agent.stage_attempt("ftjob-1", 2, _files(objects)) == str(second)
 
 
+def test_what_came_ahead_is_not_fetched_again_and_belongs_to_who_was_granted(
+    tmp_path: Path, agent: NodeAgent, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = Path(agent.stage_attempt("ftjob-1", 1, _files(objects), ahead=True))
+    fetched: list[str] = []
+    monkeypatch.setattr(ObjectStore, "get_file", lambda self, key, *more: fetched.append(key))
+    assert agent.stage_attempt("ftjob-1", 1, _files(objects)) == str(ahead)
+    assert agent.stage_attempt("ftjob-1", 1, _files(objects), ahead=True) == str(ahead), "it comes too late"
+    agent.clear_ahead("ftjob-1", 1)
+    NodeAgent("n1", lambda: _parts(tmp_path)).report()
+    assert (fetched, (ahead / "data/train.jsonl").is_file()) == ([], True)
+
+
+def test_what_came_ahead_goes_with_its_job_or_with_the_agent(
+    tmp_path: Path, agent: NodeAgent, objects: ObjectStore
+) -> None:
+    first, second = (Path(agent.stage_attempt(f"ftjob-{n}", 1, _files(objects), ahead=True)) for n in (1, 2))
+    agent.clear_ahead("ftjob-1", 1)
+    agent.clear_ahead("ftjob-never", 1)
+    assert (first.exists(), second.exists()) == (False, True)
+    NodeAgent("n1", lambda: _parts(tmp_path)).report()
+    assert not second.exists()
+    assert list((tmp_path / "node/jobs").rglob("next-*")) == []
+
+
+def test_what_came_ahead_and_was_changed_is_fetched_again(agent: NodeAgent, objects: ObjectStore) -> None:
+    rows = Path(agent.stage_attempt("ftjob-1", 1, _files(objects), ahead=True)) / "data/train.jsonl"
+    content = rows.read_bytes()
+    rows.write_bytes(content[:-1])
+    agent.stage_attempt("ftjob-1", 1, _files(objects))
+    assert rows.read_bytes() == content
+
+
 def test_a_file_with_other_content_is_refused(agent: NodeAgent, objects: ObjectStore) -> None:
     objects.put_bytes("rows", b"new")
     with pytest.raises(Conflict):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from builders_cluster import a_job, a_node, gang
 from fakes_cluster import FakeDrivers, FakeNodes, ManualClock, MemoryStore
+from waiting import until
 
 from cluster.core.events import JobQueued, NodeJoined
 from cluster.core.job import JobState, Node, Placement
@@ -20,19 +22,19 @@ from cluster.scheduler import Scheduler
 class World:
     """A scheduler over fakes; what a node is told of a job is their names."""
 
-    def __init__(self, *nodes: Node, ahead: int = 2) -> None:
+    def __init__(self, *nodes: Node, ahead: int = 2, pool: Executor | None = None) -> None:
         self.clock = ManualClock()
         self.store = MemoryStore(self.clock)
         self.nodes = FakeNodes(*nodes)
-        self.gone: set[str] = set()
+        self.gone: dict[str, Exception] = {}
         settings = SchedulerSettings(poll_s=0.05, ahead=ahead)
         parts = SchedulerParts(self.store, FakeDrivers(), settings, self.upcoming)
-        self.scheduler = Scheduler(lambda: parts, self.nodes, self.clock)
+        self.scheduler = Scheduler(lambda: parts, self.nodes, self.clock, pool)
         self.scheduler.open()
 
     def upcoming(self, attempt: Attempt, node: Node) -> str:
         if attempt[0] in self.gone:
-            raise Fenced(f"job {attempt[0]} has begun it")
+            raise self.gone[attempt[0]]
         return f"{attempt[0]} on {node.name}"
 
     def queue(self, *ids: str, **changes: object) -> None:
@@ -60,7 +62,7 @@ def busy() -> World:
 
 
 def test_who_does_not_have_to_wait_is_named_to_nobody(busy: World) -> None:
-    assert (busy.expected, busy.nodes.prepared) == ({}, [])
+    assert (busy.expected, busy.nodes.prepared) == ({"n1": []}, [])
 
 
 def test_the_first_two_in_line_are_named_once(busy: World) -> None:
@@ -114,8 +116,9 @@ def test_who_is_placed_elsewhere_is_named_there_no_more(busy: World) -> None:
     assert busy.expected == {"n1": []}
 
 
-def test_a_job_that_cannot_be_told_of_does_not_hide_the_others(busy: World) -> None:
-    busy.gone = {"j2"}
+@pytest.mark.parametrize("why", [Fenced("job j2 has begun it"), TypeError("a field that no release knows")])
+def test_a_job_that_cannot_be_told_of_does_not_hide_the_others(busy: World, why: Exception) -> None:
+    busy.gone = {"j2": why}
     busy.queue("j2", "j3")
     busy.rounds()
     assert busy.nodes.prepared == [("n1", "j3 on n1")]
@@ -127,7 +130,20 @@ def test_it_is_named_to_the_node_that_has_most_of_what_it_needs() -> None:
     world.rounds()
     world.queue("j3", model="m")
     world.rounds()
-    assert world.expected == {"n2": ["j3"]}
+    assert world.expected == {"n1": [], "n2": ["j3"]}
+
+
+def test_answers_that_take_a_while_are_waited_for() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        world = World(a_node("n1", slots=1), pool=pool)
+        world.queue("j1", "j2")
+        until(lambda: world.rounds() or world.nodes.prepared == [("n1", "j2 on n1")])
+        world.store.move("j2", JobState.CANCELLED)
+        until(lambda: world.rounds() or world.nodes.expected == {"n1": []})
+        until(lambda: world.rounds() or world.scheduler._hints._named == {})
+        world.nodes.expected.clear()
+        world.rounds()
+        assert world.nodes.expected == {}, "an empty list is told once"
 
 
 def test_a_gang_larger_than_a_node_is_not_named() -> None:
@@ -136,7 +152,7 @@ def test_a_gang_larger_than_a_node_is_not_named() -> None:
     world.rounds()
     world.queue("j2", shape=gang(2, nodes=2))
     world.rounds()
-    assert world.expected == {}
+    assert world.expected == {"n1": [], "n2": []}
 
 
 def test_nothing_is_said_where_it_is_switched_off() -> None:

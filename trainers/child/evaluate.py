@@ -47,10 +47,10 @@ class Validation:
     ends: list[int]
 
 
-def make_validation(rows: Sequence[Row], loaded: Loaded, config: TrainConfig) -> Validation:
+def make_validation(rows: Sequence[Row], loaded: Loaded, config: TrainConfig, cache: TokenCache) -> Validation:
     """Raises TrainFailure when no row carries loss."""
     hyper = dataclasses.replace(config.hyperparams, overlength="truncate")
-    examples = TokenCache.of(config).encode(rows, loaded.tokenizer)
+    examples = cache.encode(rows, loaded.tokenizer)
     encoded = encode(rows, loaded.tokenizer, hyper, loaded.context, examples)
     chosen = rows[: config.exact_match_rows]
     room = (loaded.context or 1 << 30) - config.max_new_tokens

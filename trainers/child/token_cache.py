@@ -27,6 +27,9 @@ from trainers.config import TrainConfig
 MAX_BYTES = 1 << 30
 """Of a tenant's folder; what was not used for longest goes first."""
 CHUNK_ROWS = 1000
+TOKEN_BYTES = 5
+NOW = "strftime_now"
+"""A template that says it renders the date: other tokens tomorrow."""
 
 Progress = Callable[[int, int], None]
 """Told how many of how many rows are done."""
@@ -34,18 +37,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TokenCache:
-    """`folder` None: nothing is kept. Safe under concurrent use and SIGKILL: files get their names when they are whole."""
+    """`folder` None: nothing is kept. `keeps` False: only what others keep is found. Safe under concurrent use and SIGKILL: files
+    get their names when they are whole."""
 
     folder: Path | None
+    keeps: bool = True
     max_bytes: int = MAX_BYTES
 
     @classmethod
-    def of(cls, config: TrainConfig) -> TokenCache:
-        return cls(Path(config.cache_dir) if config.cache_dir else None)
+    def of(cls, config: TrainConfig, rank: int) -> TokenCache:
+        """All ranks have the same rows: the first one keeps them."""
+        return cls(Path(config.cache_dir) if config.cache_dir else None, keeps=rank == 0)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, progress: Progress | None = None) -> list[Example]:
         """In the order of the rows."""
-        if self.folder is None or not getattr(tokenizer, "is_fast", False):
+        if self.folder is None or not getattr(tokenizer, "is_fast", False) or NOW in str(tokenizer.chat_template):
             return _encode(rows, tokenizer, progress)
         file = self.folder / f"{fingerprint(rows, tokenizer)}.npz"
         found = read(file)
@@ -56,6 +62,8 @@ class TokenCache:
 
     def _keep(self, file: Path, examples: Sequence[Example]) -> None:
         """Where the disk is full or the folder may not be written to, it is made again the next time."""
+        if not self.keeps or sum(len(one.ids) for one in examples) * TOKEN_BYTES > self.max_bytes:
+            return
         aside = file.with_name(f".{file.name}.{secrets.token_hex(6)}")  # sandboxes have the same process numbers
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +126,8 @@ def read(path: Path) -> list[Example] | None:
         return None
     if ids.shape != learned.shape or (ends[-1] if len(ends) else 0) != len(ids):
         return None
-    labels = np.where(learned, ids, IGNORED).tolist()
     plain = ids.tolist()
+    labels = [
+        token if learn else IGNORED for token, learn in zip(plain, learned.tolist(), strict=True)
+    ]  # shared: half the memory
     return [Example(plain[start:end], labels[start:end]) for start, end in pairwise([0, *ends.tolist()])]

@@ -63,8 +63,6 @@ def confinement(task: WorkerTask) -> Confinement:
         return Confinement(None, note=_warning(task.settings.isolation))
     uid = _uid(task, mode)
     output, cache = _writable(task)
-    if folder_over(cache, MAX_CACHE_BYTES):  # or all that its tenant starts here would fail by it
-        shutil.rmtree(cache, ignore_errors=True)
     for folder in (output, cache):
         _given_to(uid, folder, mode)
     return Confinement(mode, _sandbox(task, uid))
@@ -125,8 +123,8 @@ def _indexes(task: WorkerTask) -> list[int]:
 
 @dataclass(frozen=True)
 class NodeShare:
-    """What a child may take of its node: bytes of memory, of all its processes; bytes of disk, below its output folder and in
-    what its tenant keeps here."""
+    """What a child may take of its node: bytes of memory, of all its processes; bytes of disk, below its output folder. `cache`:
+    what its tenant keeps here, which is thrown away when it grows too large: no job of the tenant needs it."""
 
     memory_bytes: int
     disk_bytes: int
@@ -139,7 +137,9 @@ class NodeShare:
                 code="memory_limit_exceeded",
                 hint="Lower batch_size or max_seq_len, ask for more slots, or raise mem_limit_gb if it is set.",
             )
-        if folder_over(output, self.disk_bytes) or (self.cache and folder_over(self.cache, MAX_CACHE_BYTES)):
+        if self.cache and folder_over(self.cache, MAX_CACHE_BYTES):
+            shutil.rmtree(self.cache, ignore_errors=True)
+        if folder_over(output, self.disk_bytes):
             return JobFailure(
                 f"the training wrote more than its part of the node's disk, {self.disk_bytes / GIB:.1f} GiB",
                 code="disk_limit_exceeded",

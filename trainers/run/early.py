@@ -36,16 +36,16 @@ _SYS_NICE = 1 << 23
 
 class Early:
     """The keeper goes, and the child with it, when the process that made this ends before the worker has come. `usual`: the
-    child's priority; a low one while it waits. Raises OSError, and what `starting` raises."""
+    child's priority; a low one while it `waits`. Raises OSError, and what `starting` raises."""
 
-    def __init__(self, task: WorkerTask, command: Sequence[str] | None, usual: int) -> None:
+    def __init__(self, task: WorkerTask, command: Sequence[str] | None, usual: int, *, waits: bool) -> None:
         self.folder = _folder(Path(task.scratch) / KEEPER)
-        self._waits = True
+        self._waits = waits
         self._channel, theirs = pair()
         try:
             with starting(task, command) as start:
                 self._process = _start_keeper(task.mark, theirs, start.fds)
-                self._channel.send("keep", **_kept(start, self.folder, usual))
+                self._channel.send("keep", **_kept(start, self.folder, usual, waits=waits))
             self._made_of = _made_of(task)
             self._child = self._pid()
             self._watch = self._watching(task)
@@ -95,17 +95,20 @@ class Early:
             raise OSError("its keeper did not start it")
         return int(message["pid"])
 
-    def _watching(self, task: WorkerTask) -> Watch[JobFailure]:
+    def _watching(self, task: WorkerTask) -> Watch[tuple[bool, JobFailure]]:
         """As its worker will: what it takes is taken from others. While it waits it has less, and going over that is no
         failure of its job."""
         share, output = node_share(task), Path(task.config["output_dir"])
         waiting = replace(share, memory_bytes=min(share.memory_bytes, int(CHILD_GB * GIB)))
 
-        def look() -> JobFailure | None:
-            return (waiting if self._waits else share).exceeded(self._child, output)
+        def look() -> tuple[bool, JobFailure] | None:
+            waits = self._waits  # it may be granted during the look
+            failure = (waiting if waits else share).exceeded(self._child, output)
+            return None if failure is None else (waits, failure)
 
-        def tell(failure: JobFailure) -> None:
-            if self._waits:
+        def tell(found: tuple[bool, JobFailure]) -> None:
+            waited, failure = found
+            if waited:
                 self.end()
             else:
                 self._tell("failed", **failure.as_dict())
@@ -132,7 +135,7 @@ def _processor_s(pid: int) -> int:
         spent = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:
         return 0
-    return int(spent.user + spent.system)
+    return int(spent.user + spent.system + spent.children_user + spent.children_system)
 
 
 def _start_keeper(mark: str, agent: Channel, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
@@ -147,7 +150,7 @@ def _start_keeper(mark: str, agent: Channel, fds: tuple[int, ...]) -> subprocess
     )
 
 
-def _kept(start: Start, folder: Path, usual: int) -> dict[str, Any]:
+def _kept(start: Start, folder: Path, usual: int, *, waits: bool) -> dict[str, Any]:
     return asdict(
         Kept(
             command=start.command,
@@ -158,7 +161,7 @@ def _kept(start: Start, folder: Path, usual: int) -> dict[str, Any]:
             sandboxed=start.sandboxed,
             note=start.note,
             usual=usual,
-            waits=may_change_priority(),
+            waits=waits and may_change_priority(),
         )
     )
 

@@ -182,11 +182,17 @@ class RayAgent:
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         return self._get(self._actor.stage_model.remote(prefix, sha256, files), _PREPARE_S)
 
-    def stage_attempt(self, job_id: str, attempt: int, files: dict[str, tuple[str, str]]) -> str:
-        return self._get(self._actor.stage_attempt.remote(job_id, attempt, files), _PREPARE_S)
+    def stage_attempt(
+        self, job_id: str, attempt: int, files: dict[str, tuple[str, str]], *, ahead: bool = False
+    ) -> str:
+        return self._get(self._actor.stage_attempt.remote(job_id, attempt, files, ahead=ahead), _PREPARE_S)
 
     def start_child(self, task: WorkerTask) -> str | None:
-        return self._get(self._actor.start_child.remote(task), _CALL_S)
+        """Waited for: one that starts after all, and a worker's own, would be two."""
+        return self._get(self._actor.start_child.remote(task), _PREPARE_S)
+
+    def clear_ahead(self, job_id: str, attempt: int) -> None:
+        self._get(self._actor.clear_ahead.remote(job_id, attempt), _CALL_S)
 
     def clear_attempt(self, job_id: str, attempt: int) -> None:
         self._get(self._actor.clear_attempt.remote(job_id, attempt), _CALL_S)

@@ -25,6 +25,8 @@ WAIT_S = 60.0
 """For the agent to say that the job may still come."""
 WORKER_S = 300.0
 """For the worker, once the child was told to start: more than Ray has for starting it."""
+FORK_S = 0.2
+"""More than the making of a process takes, with namespaces of its own too."""
 _BACKLOG = 1
 
 
@@ -118,10 +120,10 @@ class Keeper:
             self._failure = message
             end_group(pid)
         elif message["type"] == "start":
-            if self._kept.waits:
-                set_priority(pid, self._kept.usual)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is dead: the worker finds it so
                 ours.send("start", config=message["config"])
+            if self._kept.waits:
+                set_priority(pid, self._kept.usual)
 
 
 @contextlib.contextmanager
@@ -176,14 +178,21 @@ def end_group(pid: int) -> None:
 
 
 def set_priority(pid: int, nice: int) -> None:
-    """Of a process and all below it, thread by thread, as Linux has it."""
+    """Of a process and all below it, thread by thread, as Linux has it. Twice: what is just being made has its parent's old one,
+    and is not to be seen yet."""
+    _set_priority(pid, nice)
+    time.sleep(FORK_S)
+    _set_priority(pid, nice)
+
+
+def _set_priority(pid: int, nice: int) -> None:
     tasks = [int(task.name) for task in _listed(Path(f"/proc/{pid}/task"))]
     for task in tasks:
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, task, nice)
     for task in tasks:
         for child in _children(pid, task):
-            set_priority(child, nice)
+            _set_priority(child, nice)
 
 
 def _listed(folder: Path) -> list[Path]:

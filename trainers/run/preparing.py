@@ -57,8 +57,10 @@ def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings
     return replace(task, keeper=agent.start_child(task))
 
 
-def stage(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
-    """Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
+def stage(
+    assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report, *, ahead: bool = False
+) -> WorkerTask:
+    """`ahead`: of the grant. Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
     made = _timed("environment", report, lambda: agent.prepare_environment(assignment.lock))
     for stage, seconds in made.get("stages", {}).items():
         report(f"environment_{stage}", seconds)
@@ -66,7 +68,11 @@ def stage(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, 
         "model", report, lambda: agent.stage_model(assignment.base_model_prefix, assignment.base_model_sha256)
     )
     files = attempt_files(assignment, ObjectStore(settings.storage_url))
-    scratch = _timed("staging", report, lambda: agent.stage_attempt(assignment.job_id, assignment.attempt, files))
+    scratch = _timed(
+        "staging",
+        report,
+        lambda: agent.stage_attempt(assignment.job_id, assignment.attempt, files, ahead=ahead),
+    )
     node = agent.report().node
     threads = max(1, (os.cpu_count() or 1) // max(1, node.slots))
     config = train_config(assignment, settings, base, scratch, threads)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders_child import make_config
 from builders_llama import make_tokenizer
 
 from trainers.child import token_cache
@@ -112,6 +113,28 @@ def test_the_folder_stays_small_and_keeps_what_was_used_last(tmp_path: Path, tok
     cache.encode(sets[2], tokenizer)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {f"{fingerprint(rows, tokenizer)}.npz" for rows in (sets[0], sets[2])}
+
+
+def test_one_rank_keeps_them_for_all(tmp_path: Path, tokenizer: Any, made: list[int]) -> None:
+    first, second = (
+        TokenCache.of(make_config(tmp_path, tmp_path, tmp_path, cache_dir=str(tmp_path)), rank) for rank in (0, 1)
+    )
+    expected = second.encode(ROWS, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    assert first.encode(ROWS, tokenizer) == second.encode(ROWS, tokenizer) == expected
+    assert made == [40, 40]
+
+
+def test_what_would_not_stay_is_not_written(tmp_path: Path, tokenizer: Any) -> None:
+    TokenCache(tmp_path, max_bytes=100).encode(ROWS, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_renders_the_date_is_asked_each_time(tmp_path: Path, made: list[int]) -> None:
+    template = "{{ strftime_now('%d') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for _ in range(2):
+        TokenCache(tmp_path).encode(ROWS, make_tokenizer(template))
+    assert (made, list(tmp_path.iterdir())) == ([40, 40], [])
 
 
 def test_who_cannot_write_there_goes_on(tmp_path: Path, tokenizer: Any) -> None:

@@ -127,8 +127,8 @@ def test_the_best_checkpoint_so_far_is_staged_beside_the_last(tmp_path: Path) ->
     object.__setattr__(made.store.given, "best", LastCheckpoint(2, 1, "best", files))
     staged = attempt_files(made.store.given, made.storage)
     assert [name for name in staged if name.startswith("best")] == ["best/adapter.bin"]
-    config = train_config(made.store.given, made.driver._settings, "base", "scratch", 1)
-    assert config.best_checkpoint == "scratch/best" and config.outputs == ["merged", "curves", "tensorboard"]
+    config = train_config(made.store.given, made.driver._settings, "base", "/node/jobs/j/a1", 1)
+    assert config.best_checkpoint == "/node/jobs/j/a1/best" and config.outputs == ["merged", "curves", "tensorboard"]
 
 
 def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def test_so_it_is_in_a_sandbox(tmp_path: Path) -> None:
     assert run(made).store.state is JobState.SUCCEEDED, made.store.moves
 
 
+def test_who_was_granted_at_once_never_waits_at_a_low_priority(tmp_path: Path) -> None:
+    adopted = taken_over(prepared(world(tmp_path)))
+    child, usual = psutil.Process(adopted.process.pid), os.getpriority(os.PRIO_PROCESS, 0)
+    assert {one.nice() for one in (child, *child.children(recursive=True))} == {usual}
+    adopted.channel.close()
+    os.close(adopted.logs)
+    adopted.end(0.0)
+
+
 def test_a_call_that_is_repeated_starts_nothing(tmp_path: Path) -> None:
     made = world(tmp_path, does.HANGS)
     task = prepared(made)
@@ -240,6 +249,34 @@ def test_what_does_not_come_is_let_go_with_its_files(tmp_path: Path) -> None:
     until(lambda: not psutil.pid_exists(child.pid))
     until(lambda: ahead.made.agent.cleared == [(JOB, 1)])
     assert ahead.nursery.waiting() == frozenset()
+
+
+def test_what_was_granted_after_it_was_let_go_keeps_its_files(tmp_path: Path) -> None:
+    ahead = Ahead(world(tmp_path))
+    ahead.wait_for_child()
+    slow = threading.Event()
+    ahead.nursery._background.submit(slow.wait, 30)  # another job's environment
+    ahead.nursery.expect([])
+    task = prepared(ahead.made)
+    ahead.nursery.expect([])
+    slow.set()
+    ahead.nursery._background.submit(lambda: None).result(30)
+    assert Path(task.scratch, "data", "train.jsonl").is_file()
+    assert ahead.nursery.waiting() == frozenset()
+    assert end_attempt(JOB, 1)
+
+
+def test_what_is_named_late_or_again_changes_nothing(tmp_path: Path) -> None:
+    ahead = Ahead(made := world(tmp_path))
+    child = ahead.wait_for_child()
+    coming = Coming(ahead.assignment, made.driver._settings)
+    ahead.nursery.prepare(coming, made.agent)
+    ahead.nursery._background.submit(lambda: None).result(30)
+    assert early_children() == [child]
+    ahead.nursery.expect([])
+    ahead.nursery.prepare(coming, made.agent)
+    assert ahead.nursery.waiting() == frozenset()
+    until(lambda: not psutil.pid_exists(child.pid))
 
 
 @pytest.mark.parametrize(("limit", "value"), [("CHILD_GB", 0.0), ("WAITING_S", -1)])

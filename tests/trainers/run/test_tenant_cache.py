@@ -53,16 +53,13 @@ def test_it_is_the_tenants_own_and_the_only_other_place_that_its_child_writes_to
     assert list(cache.iterdir()), "what is small stays"
 
 
-@needs_sandbox
-def test_one_that_grew_too_large_is_emptied_before_the_next_training(task: WorkerTask, full: Any) -> None:
-    cache = fill(task, files=3)
-    confinement.confinement(task)
-    assert list(cache.iterdir()) == []
-
-
-def test_who_fills_it_is_ended(task: WorkerTask, full: Any) -> None:
-    share = confinement.node_share(task)
-    assert share.exceeded(os.getpid(), Path(task.config["output_dir"])) is None
+def test_one_that_grew_too_large_is_thrown_away_and_no_job_of_its_tenant_fails_by_it(
+    task: WorkerTask, full: Any
+) -> None:
+    share, output, cache = confinement.node_share(task), Path(task.config["output_dir"]), fill(task, files=1)
+    assert share.exceeded(os.getpid(), output) is None and list(cache.iterdir())
     fill(task, files=3)
-    failure = share.exceeded(os.getpid(), Path(task.config["output_dir"]))
-    assert failure is not None and failure.code == "disk_limit_exceeded"
+    assert share.exceeded(os.getpid(), output) is None
+    assert not cache.exists()
+    confinement.node_share(task)
+    assert list(cache.iterdir()) == []

@@ -27,9 +27,10 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     """Trains to the end and leaves the artifact. Raises TrainFailure and Stopped."""
     loaded = load(config, world.device)
     rows, held_out = read_data(config)
-    examples = TokenCache.of(config).encode(rows, loaded.tokenizer, partial(_tell, control))
+    cache = TokenCache.of(config, world.rank)
+    examples = cache.encode(rows, loaded.tokenizer, partial(_tell, control))
     data = encode(rows, loaded.tokenizer, config.hyperparams, loaded.context, examples)
-    validation = make_validation(held_out, loaded, config) if held_out else None
+    validation = make_validation(held_out, loaded, config, cache) if held_out else None
     plan = Plan(len(data.examples), config.hyperparams)
     micro = micro_batch_size(config.hyperparams, world.size, data.max_seq_len)
 
