@@ -119,7 +119,7 @@ class TrainingSettings(BaseModel):
     exact_match_rows: int = 200
     start_early: bool = True
     """The node's agent starts a training process as soon as its job has slots, or still waits for them (`scheduler.ahead`); else
-    Ray's worker does, when it is there."""
+    Ray's worker does, when it is there, and nodes prepare nothing for jobs that wait."""
 
 
 class EnvironmentSettings(BaseModel):
