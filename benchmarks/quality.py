@@ -22,10 +22,12 @@ from examples.local_heliostat import Failed, Heliostat, find_gguf, steps_of  # n
 
 INTENTS = 20
 TEST_ROWS = 400
-GSM8K_TEST_ROWS = 200
+GSM8K_TEST_ROWS = 50
 ENCODER = "small-encoder"
 LORA = {"lr": 1e-3, "batch_size": 8, "lora_r": 16, "seed": 0}
 Rows = list[dict[str, Any]]
+Runs = dict[str, dict[str, Any]]
+"""By case."""
 
 
 def banking77(data: Path) -> tuple[Rows, Rows]:
@@ -94,7 +96,7 @@ def train(heliostat: Heliostat, body: dict[str, Any]) -> dict[str, Any]:
     ended = heliostat.get(f"/finetune/{job}")
     if ended["status"] != "succeeded":
         raise Failed(f"{job} has {ended['status']}: {ended.get('error')}")
-    return {**found, "hyperparams": ended["hyperparams"]}
+    return {**found, "hyperparams": ended["hyperparams"], "hardware": hardware()}
 
 
 Case = tuple[Callable[[Path], tuple[Rows, Rows]], dict[str, Any]]
@@ -110,9 +112,9 @@ def cases(steps: int) -> dict[str, Case]:
     }
 
 
-def measure(heliostat: Heliostat, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(heliostat: Heliostat, options: argparse.Namespace, done: Runs) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, (name, (read, body)) in enumerate(cases(options.steps).items()):
-        if options.only and options.only not in name:
+        if name in done:
             continue
         training, test = read(options.data)
         if body["base_model"] == ENCODER:
@@ -123,23 +125,22 @@ def measure(heliostat: Heliostat, options: argparse.Namespace) -> Iterator[tuple
         yield name, found
 
 
-def as_markdown(result: dict[str, Any]) -> str:
-    machine = result["hardware"]
+def as_markdown(runs: Runs) -> str:
+    machine = next(iter(runs.values()))["hardware"]
     lines = [
         "# What jobs learn",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GiB, load {machine['load']}, commit "
-        f"{machine['commit']}. SmolLM2-135M with LoRA; the encoder (4 layers, 256 wide, random weights) in full. On rows "
-        "that are not trained on.",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GiB. SmolLM2-135M with LoRA; the encoder (4 layers, "
+        "256 wide, random weights) in full. On rows that are not trained on.",
         "",
-        "| rows | steps of | loss before | after | exact match or accuracy before | after | seconds in all |",
-        "|---|---|---|---|---|---|---|",
+        "| rows | steps of | loss before | after | exact match or accuracy before | after | seconds in all | commit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, run in result["runs"].items():
+    for name, run in runs.items():
         before, after = run["before"], run["after"]
         lines.append(
             f"| {name} | {run['steps']} of {run['hyperparams']['batch_size']} | {before['loss']:.3f} | {after['loss']:.3f} "
-            f"| {_right(before)} | {_right(after)} | {run['total_s']:.0f} |"
+            f"| {_right(before)} | {_right(after)} | {run['total_s']:.0f} | {run['hardware']['commit']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -153,7 +154,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=160, help="of the first case; a quarter of it for gsm8k")
-    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--resume", action="store_true", help="go on after the last case that was finished")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args(arguments)
 
@@ -162,23 +163,26 @@ def main(options: argparse.Namespace) -> int:
     if not options.data.is_dir():
         print(f"{options.data} is not there; name the folder with banking77 and gsm8k with --data", file=sys.stderr)
         return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "quality.json"
+    runs: Runs = json.loads(file.read_text()) if options.resume and file.is_file() else {}
     folder = Path(tempfile.mkdtemp(prefix="heliostat-bench-"))
     one_slot = {"HELIOSTAT_NODE__KIND": "cpu", "HELIOSTAT_NODE__SLOTS": "1"}  # with all cores
     heliostat = Heliostat(folder, {**one_slot, "HELIOSTAT_TRAINING__EXACT_MATCH_ROWS": str(TEST_ROWS)})
     try:
         heliostat.start()
         heliostat.cli("base-model", "add", BASE_MODEL, str(find_gguf()))
-        result = {"hardware": hardware(), "runs": dict(measure(heliostat, options))}
+        for name, run in measure(heliostat, options, runs):
+            runs[name] = run
+            file.write_text(json.dumps(runs, indent=2) + "\n")
     except Failed as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         heliostat.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "quality.md").write_text(as_markdown(result))
-    print(f"\n{as_markdown(result)}")
+    (options.out / "quality.md").write_text(as_markdown(runs))
+    print(f"\n{as_markdown(runs)}")
     return 0
 
 
