@@ -72,7 +72,7 @@ def full_verify(home: Path) -> list[str]:
 
 
 def packed(manifest: bytes) -> bytes:
-    """Its file: of JSON, as `build_manifest` says. A large environment's is some MB, two thirds of them names."""
+    """Its file: of JSON, as `build_manifest` says. 43,000 files: 2.6 MB."""
     packer = zlib.compressobj(1, wbits=GZIP)
     return packer.compress(manifest) + packer.flush()
 
