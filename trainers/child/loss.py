@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from torch.nn import functional as F
 
+from trainers.child import row_attention
 from trainers.child.data import Example
 from trainers.child.head import token_losses
 from trainers.child.packing import Piece, packed, padded, visible
@@ -26,6 +27,7 @@ class SummedLoss(torch.nn.Module):
         self.model = model
         self.splits = False
         self.packs = False
+        self.by_rows = False
         self._shares = not _draws(model)
 
     def find_shortcuts(self, *, packing: Optional[bool] = None, max_seq_len: int = 0) -> None:
@@ -42,7 +44,20 @@ class SummedLoss(torch.nn.Module):
                 self.splits = _alike(whole, self._split_logits(padded(PROBE, 0)))
             if wanted and not self.splits:
                 self.packs = self._packs_alike(whole, self._logits)
+            if self.packs:
+                self._attend_by_rows(whole)
         self.train(training)
+
+    def _attend_by_rows(self, whole: torch.Tensor) -> None:
+        """Where it is the faster way."""
+        base = self._base()
+        if base.config._attn_implementation != "sdpa" or base.device.type != "cpu" or base.dtype == torch.float32:
+            return
+        base.set_attn_implementation(row_attention.NAME)
+        self.by_rows = True
+        if not self._packs_alike(whole, self._split_logits if self.splits else self._logits):
+            self.by_rows = False
+            base.set_attn_implementation("sdpa")
 
     def _packs_alike(self, whole: torch.Tensor, logits: Callable[[Piece], Optional[torch.Tensor]]) -> bool:
         first, second = (len(example.ids) for example in PROBE)
@@ -105,11 +120,17 @@ class SummedLoss(torch.nn.Module):
         base = self._base()
         inputs = {"input_ids": torch.tensor(piece.ids, device=base.device), "use_cache": False}
         if piece.parents is not None:
-            mask = torch.from_numpy(visible(piece.parents)).to(base.device)
-            hidden = torch.zeros(mask.shape, dtype=base.dtype, device=base.device)
-            inputs["attention_mask"] = hidden.masked_fill_(~mask, torch.finfo(base.dtype).min)[None, None]
+            inputs["attention_mask"] = self._mask(piece, piece.parents)
             inputs["position_ids"] = torch.tensor([piece.positions], device=base.device)
         return inputs
+
+    def _mask(self, piece: Piece, parents: Sequence[int]) -> torch.Tensor:
+        base = self._base()
+        if self.by_rows and piece.paths and piece.spread < 1.0:
+            return row_attention.places_of(piece.paths, base.device)
+        mask = torch.from_numpy(visible(parents)).to(base.device)
+        hidden = torch.zeros(mask.shape, dtype=base.dtype, device=base.device)
+        return hidden.masked_fill_(~mask, torch.finfo(base.dtype).min)[None, None]
 
     def _base(self) -> Any:
         """The causal model itself; LoRA's layers live inside it."""

@@ -3,6 +3,7 @@ packed into one sequence in which no row sees another. No torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
@@ -19,7 +20,7 @@ PACKED_TOKENS = 512
 class Piece:
     """One forward pass. `ids` [B][T]. `sources[i]`: the place in the flattened ids whose hidden state must predict `targets[i]`,
     a loss token of the row `rows[i]` (counted in the examples given). `parents` [T]: of a packed piece, the place of the token
-    before in its row, -1 for a first one; `positions` [T]: how many tokens come before in its row."""
+    before in its row, -1 for a first one; `positions` [T]: how many tokens come before in its row; `paths`: each row's places."""
 
     ids: List[List[int]]
     sources: List[int]
@@ -27,6 +28,14 @@ class Piece:
     rows: List[int]
     parents: Optional[List[int]] = None
     positions: Optional[List[int]] = None
+    paths: Optional[List[List[int]]] = None
+
+    @property
+    def spread(self) -> float:
+        """How many pairs of places row by row, of those in a mask over all of them."""
+        if self.paths is None:
+            return math.inf
+        return len(self.paths) * max(map(len, self.paths)) ** 2 / len(self.ids[0]) ** 2
 
 
 def padded(examples: Sequence[Example], pad: int) -> Piece:
@@ -50,6 +59,7 @@ def packed(examples: Sequence[Example], *, share: bool) -> Piece:
     parents: List[int] = []
     positions: List[int] = []
     sources: List[int] = []
+    paths: List[List[int]] = []
     known: Dict[Tuple[int, int], int] = {}
     for example in examples:
         path = [-1]
@@ -61,9 +71,10 @@ def packed(examples: Sequence[Example], *, share: bool) -> Piece:
                 positions.append(place)
                 known[path[-1], token] = here
             path.append(here)
+        paths.append(path[1:])
         sources += [path[place] for place in _loss_places(example)]
     asked = [(row, example.labels[place]) for row, example in enumerate(examples) for place in _loss_places(example)]
-    return Piece([ids], sources, [label for _, label in asked], [row for row, _ in asked], parents, positions)
+    return Piece([ids], sources, [label for _, label in asked], [row for row, _ in asked], parents, positions, paths)
 
 
 def _loss_places(example: Example) -> Iterator[int]:
