@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -217,6 +218,12 @@ class AgentActor(NodeAgent):
     def prepare_ahead(self, coming: Any) -> None:
         super().prepare_ahead(coming)
 
+    @ray.method(concurrency_group="control")
+    def meeting_point(self) -> str:
+        """Where a gang over several nodes may meet: nobody listens there at this moment."""
+        address = ray.util.get_node_ip_address()
+        return f"{address}:{_free_port(address)}"
+
     @ray.method(concurrency_group="starts")
     def start_child(self, task: Any) -> str | None:
         return super().start_child(task)
@@ -224,6 +231,12 @@ class AgentActor(NodeAgent):
     @ray.method(concurrency_group="control")
     def end_attempt(self, job_id: str, attempt: int) -> bool:
         return super().end_attempt(job_id, attempt)
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 class SchedulerActor(Scheduler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +23,16 @@ from trainers.config import Hyperparams
 from trainers.run.child_process import spawn
 from trainers.run.driver import JobDriver
 from trainers.run.nursery import Nursery
-from trainers.run.parts import AgentHandle, DriverParts, DriverSettings, GangRequest, WorkersLost, WorkerTask
+from trainers.run.parts import (
+    AgentHandle,
+    DriverParts,
+    DriverSettings,
+    GangRequest,
+    Order,
+    Record,
+    WorkersLost,
+    WorkerTask,
+)
 from trainers.run.ports import Allowance, Assignment, Heartbeat, LastCheckpoint, StepRow
 from trainers.run.worker import Worker
 
@@ -171,6 +181,11 @@ class FolderAgent:
     def start_child(self, task: WorkerTask) -> str | None:
         return None if self.children is None else self.children.start(task)
 
+    def meeting_point(self) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return f"127.0.0.1:{probe.getsockname()[1]}"
+
     def clear_ahead(self, job_id: str, attempt: int) -> None:
         self.cleared.append((job_id, attempt))
         self._staging.clear_ahead(job_id, attempt)
@@ -180,8 +195,22 @@ class FolderAgent:
         self._staging.clear_attempt(job_id, attempt)
 
 
+@dataclass
+class NodeHandle:
+    """`DriverHandle` of one node."""
+
+    driver: JobDriver
+    node: str
+
+    def task(self) -> WorkerTask:
+        return self.driver.task(self.node)
+
+    def relay(self, records: list[Record]) -> list[Order]:
+        return self.driver.relay(self.node, records)
+
+
 class ThreadGang:
-    """`Gang` with the real worker in a thread of this process and a real child; `script` None: the real launcher."""
+    """`Gang` with the real workers in threads of this process and real children; `script` None: the real launcher."""
 
     def __init__(self, storage: ObjectStore, script: Path | None) -> None:
         self._storage = storage
@@ -194,7 +223,15 @@ class ThreadGang:
         if self.fails:
             raise WorkersLost(self.fails)
         assert self.driver is not None
-        Worker(self.driver.task(), self.driver, self._storage, self._spawn).run()
+        handles = [NodeHandle(self.driver, node) for node in request.nodes]
+        threads = [threading.Thread(target=self._work, args=(handle,)) for handle in handles]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, handle: NodeHandle) -> None:
+        Worker(handle.task(), handle, self._storage, self._spawn).run()
 
     def end(self) -> None:
         self.ended += 1

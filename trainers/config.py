@@ -90,6 +90,12 @@ class TrainConfig:
     precision: str = "auto"
     """auto (bf16 where the processor or GPU has it, else fp32), bf16, fp32."""
     world_size: int = 1
+    first_rank: int = 0
+    """Of the ranks on this node, whose numbers follow one another."""
+    node_ranks: Optional[int] = None
+    """How many of the ranks are on this node; None: all of them."""
+    meeting_point: Optional[str] = None
+    """host:port on the node of rank 0, where ranks of several nodes meet; None: a free port of this node."""
     devices: str = "cpu"
     """`cpu`, or `cuda` (rank i uses the i-th visible GPU)."""
     threads_per_slot: int = 1
@@ -121,6 +127,14 @@ class TrainConfig:
     are in the environment."""
     collective_timeout_s: float = 600.0
     """How long the ranks wait for one that says nothing any more; below the scheduler's own limit for a job without progress."""
+
+    @property
+    def spans_nodes(self) -> bool:
+        return self.ranks_here < self.world_size
+
+    @property
+    def ranks_here(self) -> int:
+        return self.world_size if self.node_ranks is None else self.node_ranks
 
     def to_dict(self) -> Dict[str, Any]:
         return dataclasses.asdict(self)

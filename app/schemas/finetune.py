@@ -84,7 +84,9 @@ class ResourceConfig(RequestBody):
         None, gt=0, le=100_000, description="The most memory that the job may use per GPU, GiB; enforced."
     )
     num_gpus: int | None = Field(None, ge=1, le=100_000)
-    num_nodes: int | None = Field(None, ge=1, le=10_000)
+    num_nodes: int | None = Field(
+        None, ge=1, le=10_000, description="The most nodes that they may be spread over. Left out: one."
+    )
     market: Literal["any", "on_demand", "spot"] | None = None
     max_runtime_hours: float | None = Field(None, gt=0, le=8760)
     region: Annotated[Text, Field(max_length=64)] | None = None

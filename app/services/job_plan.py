@@ -24,7 +24,7 @@ from app.services.hyperparams import (
     resolve,
     way_of,
 )
-from app.services.resources import Choice, ModelFacts, Wanted, choose
+from app.services.resources import Choice, ModelFacts, Rules, Wanted, choose
 from app.services.scripts import ScriptPlan, choose_room, plan_script
 from app.settings import Settings
 from cluster.core.kinds import CPU
@@ -111,8 +111,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
         may_recompute=asked.gradient_checkpointing is None,
     )
     facts = ModelFacts(base.config or {}, base.parameters)
-    fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
-    choice = choose(request.resource_config, _nodes(session), facts, Wanted(training, ours), fallback)
+    choice = choose(request.resource_config, _nodes(session), facts, Wanted(training, ours), _rules(settings))
     choice = _without_idle_slots(hyperparams, _where_it_runs(way, hyperparams, choice))
     _check_budget(request, choice)
     hyperparams = replace(hyperparams, zero_stage=choice.zero_stage, gradient_checkpointing=choice.recomputes)
@@ -138,8 +137,7 @@ def _script_plan(repository: Repository, request: FinetuneRequest, way: Way, set
     validation = request.validation_dataset_id
     script = plan_script(request, _code(repository, request.code) if request.code else None)
     facts = ModelFacts(base.config or {}, base.parameters)
-    fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
-    choice = choose_room(request, _nodes(repository.session), facts, fallback)
+    choice = choose_room(request, _nodes(repository.session), facts, _rules(settings).fallback)
     _check_budget(request, choice)
     return Plan(
         method=way.method,
@@ -162,6 +160,11 @@ def sequence_length(hyperparams: Hyperparams, max_chars: int, config: dict[str, 
     context = shape.context if shape else MAX_AUTO_SEQ_LEN
     longest = hyperparams.max_seq_len or min(MAX_AUTO_SEQ_LEN, context)
     return max(8, min(longest, max_chars + 64))
+
+
+def _rules(settings: Settings) -> Rules:
+    fallback = settings.profile == "laptop" and settings.gpu_type_fallback == "any"
+    return Rules(fallback, settings.training.max_nodes)
 
 
 def _nodes(session: Session) -> list[Node]:

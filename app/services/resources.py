@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,19 +79,27 @@ class Wanted:
     ask: Ask
 
 
-def choose(asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, wanted: Wanted, fallback: bool) -> Choice:
-    """`fallback`: a kind that is not here gives way to what is. Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
-    found = candidates(asked, nodes, fallback)
-    offers = _offers(found.nodes)
+@dataclass(frozen=True)
+class Rules:
+    """The operator's. `fallback`: a kind that is not here gives way to what is. `max_nodes`: of one training."""
+
+    fallback: bool = False
+    max_nodes: int = 1
+
+
+def choose(asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, wanted: Wanted, rules: Rules) -> Choice:
+    """Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
+    span = _span(asked, rules)
+    found = candidates(asked, nodes, rules.fallback)
+    offers = _offers(found.nodes, span)
     way = replace(wanted.training, on_cpu=all(offer.kind == CPU for offer in offers))
-    ask = replace(wanted.ask, kinds=found.kinds, mem_limit_gb=asked.mem_limit_gb, slots=asked.num_gpus)
+    ask = replace(wanted.ask, kinds=found.kinds, mem_limit_gb=asked.mem_limit_gb, slots=asked.num_gpus, nodes=span)
     options = choose_shapes(model.config, way, ask, offers, model.parameters)
     return Choice(tuple(options), found.warnings, found.priced)
 
 
 def candidates(asked: ResourceConfig, nodes: Sequence[Node], fallback: bool) -> Candidates:
     """Raises `ResourceError`, `InvalidRequest`, `Unavailable`."""
-    _refuse_many_nodes(asked)
     kinds = kinds_of(asked.gpu_type)
     if not nodes:
         raise Unavailable(
@@ -129,25 +138,32 @@ def _of_kinds(kinds: tuple[str, ...], nodes: Sequence[Node], fallback: bool) -> 
     )
 
 
-def _offers(nodes: Sequence[Node]) -> list[Offer]:
-    """Kinds in the order in which they come; of each what its best node has."""
+def _offers(nodes: Sequence[Node], span: int) -> list[Offer]:
+    """Kinds in the order in which they come; of each what its best node has, or as many like it as a gang may span."""
     by_kind: dict[str, list[Node]] = {}
     for node in nodes:
         by_kind.setdefault(node.kind, []).append(node)
     return [
-        Offer(kind, max(node.memory_gb for node in alike), max(node.slots for node in alike))
-        for kind, alike in by_kind.items()
+        Offer(kind, max(node.memory_gb for node in alike), _most_slots(alike, span)) for kind, alike in by_kind.items()
     ]
 
 
-def _refuse_many_nodes(asked: ResourceConfig) -> None:
-    if (asked.num_nodes or 1) > 1:
+def _most_slots(nodes: Sequence[Node], span: int) -> int:
+    sizes = Counter(node.slots for node in nodes)
+    return max(size * min(count, span) for size, count in sizes.items())
+
+
+def _span(asked: ResourceConfig, rules: Rules) -> int:
+    """The most nodes that the gang may take."""
+    span = asked.num_nodes or 1
+    if span > rules.max_nodes:
         raise ResourceError(
-            f"a job runs on one node, {asked.num_nodes} were asked for",
+            f"a training spans at most {rules.max_nodes} node(s) here, {span} were asked for",
             code="unsupported_num_nodes",
             param="resource_config.num_nodes",
-            hint="Leave num_nodes out and use num_gpus.",
+            hint="Leave num_nodes out and use num_gpus; the operator allows more nodes with the setting training.max_nodes.",
         )
+    return span
 
 
 def _in_region(asked: ResourceConfig, nodes: Sequence[Node]) -> list[Node]:

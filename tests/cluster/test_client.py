@@ -156,6 +156,12 @@ def _answers() -> bool:
     return bool(report.node.name == "n1")
 
 
+def test_a_node_names_a_port_of_its_own_where_others_reach_it(store: FileStore) -> None:
+    address, port = client.ask(client.node_agent("n1").meeting_point.remote(), 30).split(":")
+    with socket.socket() as listener:
+        listener.bind((address, int(port)))
+
+
 def test_what_is_not_there_is_unavailable(store: FileStore) -> None:
     with pytest.raises(Unavailable) as caught:
         client.node_agent("n2")

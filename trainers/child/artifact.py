@@ -17,6 +17,7 @@ from trainers.child.outputs.forms import add_curves, add_forms
 from trainers.child.outputs.history import Journal
 from trainers.child.parted import put_together
 from trainers.child.shards import Shards
+from trainers.child.world import World
 from trainers.config import TrainConfig
 
 Weights = Optional[dict[str, Any]]
@@ -50,16 +51,24 @@ def save_model(model: Any, folder: Path, weights: Weights = None) -> None:
         model.save_pretrained(folder, state_dict=weights)
 
 
-def load_saved(model: Any, folder: Path) -> None:
-    """Puts the weights that `save_model` wrote into the model as it stands. Called by all ranks together."""
-    with put_together(model):
-        if hasattr(model, "peft_config"):
-            set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-            return
-        state = model.state_dict()
-        with torch.no_grad(), Shards(folder) as shards:
-            for name in shards.names:
-                state[name].copy_(shards.read(name))
+def load_saved(model: Any, folder: Path | None, world: World) -> None:
+    """Puts the weights that `save_model` wrote into the model as it stands. Called by all ranks together; the first one needs the
+    `folder`, which other nodes do not have."""
+    with put_together(model) as parted:
+        if world.rank == 0 and folder is not None:
+            _read_into(model, folder)
+        if not parted:
+            world.share(parameter.data for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _read_into(model: Any, folder: Path) -> None:
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    state = model.state_dict()
+    with torch.no_grad(), Shards(folder) as shards:
+        for name in shards.names:
+            state[name].copy_(shards.read(name))
 
 
 def write_artifact(loaded: Loaded, config: TrainConfig, run: Run, weights: Weights = None) -> Artifact:

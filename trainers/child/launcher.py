@@ -49,6 +49,7 @@ class Launcher:
         self._state = "starting"
         self._step = 0
         self._pending: dict[Any, str] = {}
+        self._spans_nodes = False
         self._selector = selectors.DefaultSelector()
 
     def serve(self) -> None:
@@ -83,8 +84,14 @@ class Launcher:
             self._start(message["config"])
         elif message["type"] == "command":
             self._command(message)
+        elif message["type"] == "release":
+            self._release(message)
         else:
             self._tell(0, message)
+
+    def _release(self, message: Message) -> None:
+        for number in set(self._ranks) - {0}:
+            self._tell(number, message)
 
     def _start(self, fields: dict[str, Any]) -> None:
         self._state = "loading"
@@ -95,9 +102,10 @@ class Launcher:
             return
         if config.devices == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self._spans_nodes = config.spans_nodes
         if config.world_size > 1:
-            os.environ["MASTER_PORT"] = str(_free_port())
-        for number in range(config.world_size):
+            _meet(config.meeting_point or f"127.0.0.1:{_free_port()}")
+        for number in range(config.first_rank, config.first_rank + config.ranks_here):
             self._fork(config, number)
 
     def _fork(self, config: TrainConfig, number: int) -> None:
@@ -120,7 +128,8 @@ class Launcher:
             _die_with(parent)
             for other in [self._channel, *(rank.channel for rank in self._ranks.values())]:
                 other.close()
-            os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(config.world_size))
+            local = str(number - config.first_rank)
+            os.environ.update(RANK=str(number), LOCAL_RANK=local, WORLD_SIZE=str(config.world_size))
             from trainers.child.rank import (
                 run_rank,  # loaded already; here because the launcher says hello without torch
             )
@@ -159,8 +168,9 @@ class Launcher:
         if message is None:
             self._gone(rank)
         elif message["type"] == "release":
-            for number in set(self._ranks) - {0}:
-                self._tell(number, message)
+            self._release(message)
+            if self._spans_nodes:
+                self._channel.send(**message)
         elif message["type"] == "failed":
             if self._state not in ("finished", "failed"):
                 self._state = "failed"
@@ -211,6 +221,11 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _meet(at: str) -> None:
+    host, port = at.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
 
 
 def _free_port() -> int:

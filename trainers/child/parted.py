@@ -53,14 +53,14 @@ def whole_weights(model: Any, world: World) -> dict[str, torch.Tensor] | None:
 
 
 @contextmanager
-def put_together(model: Any) -> Iterator[None]:
-    """Within it each rank has all weights; rank 0's are parted again."""
+def put_together(model: Any) -> Iterator[bool]:
+    """Within it each rank has all weights; rank 0's are parted again. Whether there is anything parted."""
     parted = [parameter for parameter in model.parameters() if is_parted(parameter)]
     if not parted:
-        yield
+        yield False
         return
     with importlib.import_module("deepspeed").zero.GatheredParameters(parted, modifier_rank=0):
-        yield
+        yield True
 
 
 def is_parted(parameter: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from trainers.child.control import Control, Wire
 from trainers.child.failure import Stopped, TrainFailure, describe
 from trainers.child.memory import MemoryLimit
-from trainers.child.world import World, join
+from trainers.child.world import World, device_of, join
 from trainers.config import TrainConfig
 
 
@@ -33,9 +33,10 @@ def run_rank(config: TrainConfig, rank: int, size: int, wire: Wire) -> None:
 
 
 def _run(config: TrainConfig, rank: int, size: int, control: Control) -> None:
-    memory = MemoryLimit(config.memory_limit_gb, "cpu" if config.devices == "cpu" else f"cuda:{rank}")
+    device = device_of(rank, config)
+    memory = MemoryLimit(config.memory_limit_gb, device)
     make_deterministic(config)
-    world = join(rank, size, config)
+    world = join(rank, size, config, device)
     control.join(world)
     recipe(config).run(config, world, control, memory)
 

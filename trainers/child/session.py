@@ -213,11 +213,11 @@ class Session:
         best = self.position.metrics[BEST_STEP]
         if best == self.position.step:
             return
-        folder = self.store.weights_of(best, self._began)
-        if folder is None:
+        folder, world = self.store.weights_of(best, self._began), self.place.world
+        if not world.from_first(folder is not None):
             warn(self.place.control, f"The checkpoint of step {best} was not kept: the model has the last weights.")
             return
-        load_saved(self.loaded.model, folder)
+        load_saved(self.loaded.model, folder, world)
         self.position = replace(self.position, metrics={**self.position.metrics, OF_STEP: best})
         message = f"The model has the weights of step {best}, which had the lowest validation loss."
         self.place.control.emit("log", level="info", message=message)

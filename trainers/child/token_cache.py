@@ -46,8 +46,8 @@ class TokenCache:
 
     @classmethod
     def of(cls, config: TrainConfig, rank: int) -> TokenCache:
-        """All ranks have the same rows: the first one keeps them."""
-        return cls(Path(config.cache_dir) if config.cache_dir else None, keeps=rank == 0)
+        """All ranks have the same rows: the first one of a node keeps them."""
+        return cls(Path(config.cache_dir) if config.cache_dir else None, keeps=rank == config.first_rank)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, progress: Progress | None = None) -> list[Example]:
         """In the order of the rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -47,16 +48,26 @@ class World:
         dist.gather_object(value, found or None, dst=0, group=self.group)
         return found
 
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Rank 0's values take the place of the others', which may be on other nodes."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         self.from_first(0)
 
 
-def join(rank: int, size: int, config: TrainConfig) -> World:
+def device_of(rank: int, config: TrainConfig) -> str:
+    """`cpu`, or this node's GPU of the rank."""
+    return "cpu" if config.devices == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+
+
+def join(rank: int, size: int, config: TrainConfig, device: str) -> World:
     """Meets the other ranks at MASTER_ADDR:MASTER_PORT. Raises RuntimeError when they do not come."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", rank)), config.devices == "cuda"
-    device = f"cuda:{local}" if gpus else "cpu"
+    gpus = device != "cpu"
     if gpus:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     if size == 1:
         return World(device=device)
     limit = timedelta(seconds=config.collective_timeout_s)

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 import trainers
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, Unavailable
 from runtime_envs.sandbox.process import Prepared, exit_code, prepared
 from trainers.config import launcher_of
 from trainers.protocol import FD_VARIABLE, MARK_VARIABLE, Channel, pair
@@ -221,12 +223,26 @@ def environment(task: WorkerTask, confined: Confinement) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_ADDR": "127.0.0.1",
+        **meeting_over(task.address),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": visible(task, confined),
         MARK_VARIABLE: task.mark,
     }
+
+
+def meeting_over(address: str | None) -> dict[str, str]:
+    """Ranks of one node meet on its loopback, those of several on the interface by which the other nodes reach this one. Raises
+    `Unavailable`."""
+    if address is None:
+        return {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    raise Unavailable(
+        f"no network interface of this node has the address {address}, by which other nodes reach it",
+        code="node_unavailable",
+        hint="Start Ray there with --node-ip-address set to an address of the node's own.",
+    )
 
 
 def ship_code(folder: Path) -> Path:

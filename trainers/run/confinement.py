@@ -97,6 +97,7 @@ def _sandbox(task: WorkerTask, uid: int) -> Sandbox:
         read_only=(*given(scratch), Path(task.config["base_model"])),
         writable=_writable(task),
         folders=(HOME, WORK, *(HOME / name.lower() for name in WRITABLE)),
+        network=task.address is not None,
         devices=leased(_indexes(task)).files,
         limits=task.settings.sandbox,
     )
@@ -159,5 +160,5 @@ def node_share(task: WorkerTask) -> NodeShare:
     if task.memory_gb is None:
         return NodeShare(int(machine_memory_gb() * CPU_SHARE * GIB), disk, cache)
     asked = task.config.get("memory_limit_gb")
-    within = task.memory_gb if asked is None else (asked + IMPORTS_GIB) * task.config["world_size"]
+    within = task.memory_gb if asked is None else (asked + IMPORTS_GIB) * task.config["node_ranks"]
     return NodeShare(int(min(within, task.memory_gb) * GIB), disk, cache)

@@ -81,6 +81,9 @@ class Conversation:
         self._on_turn = listeners.turn
         self._on_gone = listeners.gone
         self._orders: collections.deque[Order] = collections.deque()
+        self._to_all: list[Order] = []
+        self._told: collections.Counter[str] = collections.Counter()
+        self._companions: set[str] = set()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._at: dict[str, float] = {}
@@ -129,9 +132,10 @@ class Conversation:
 
     def kill(self) -> None:
         self._orders.append({"order": "end"})
+        self._to_all.append({"order": "end"})
 
     def relay(self, records: list[Record]) -> list[Order]:
-        """Takes what the worker says, gives what it shall do."""
+        """Takes what the worker of rank 0 says, gives what it shall do."""
         with self._lock:
             for kind, group in itertools.groupby(records, key=lambda record: str(record["type"])):
                 if kind == "step":
@@ -140,6 +144,23 @@ class Conversation:
                     for record in group:
                         self._HANDLERS[kind](self, record)
         return self._take_orders()
+
+    def relay_companion(self, node: str, records: list[Record]) -> list[Order]:
+        """Likewise for a gang's other nodes, whose ranks follow the first one: there is something to say only of how they ended
+        before their time."""
+        with self._lock:
+            for record in records:
+                if record["type"] == "hello":
+                    self._companions.add(node)
+                elif record["type"] in ("failed", "lost") and self.intent is None and not self.archiving:
+                    self._tail(record)
+                    hello = node in self._companions
+                    self._on_end(
+                        _failed_outcome(record) if record["type"] == "failed" else _lost_outcome(record, hello)
+                    )
+        orders = self._to_all[self._told[node] :]
+        self._told[node] += len(orders)
+        return orders
 
     def stage(self, stage: str, seconds: float) -> None:
         """An event that says where the time went."""
@@ -246,10 +267,8 @@ class Conversation:
         if self.intent is Intent.CANCEL:
             self._on_end(self.stopped())
             return
-        error = {name: record.get(name) for name in ("code", "message", "param", "hint", "fixable_by")}
         self._tail(record)
-        state = JobState.FAILED if error["fixable_by"] in ("user", None) else JobState.RECOVERING
-        self._on_end(Outcome(state, record["message"], error | {"fixable_by": error["fixable_by"] or "user"}))
+        self._on_end(_failed_outcome(record))
 
     def _stopped(self, record: Record) -> None:
         if self.intent is None:
@@ -264,6 +283,10 @@ class Conversation:
         self._tail(record)
         self._on_end(_lost_outcome(record, hello_heard="hello" in self._at))
 
+    def _release(self, record: Record) -> None:
+        """Parked ranks of other nodes wait for a word of the first one."""
+        self._to_all.append({"order": "release", "action": record["action"]})
+
     def _tail(self, record: Record) -> None:
         self.event("child_output", "the last lines of its output", {"lines": record["log_tail"]}, "warning")
 
@@ -277,6 +300,7 @@ class Conversation:
         "ready": _ready,
         "evaluated": _evaluated,
         "log": _log,
+        "release": _release,
         "ack": _ack,
         "stored": _stored,
         "finished": _finished,
@@ -296,6 +320,12 @@ def outcome_of(intent: Intent) -> Outcome:
     if intent is Intent.SUSPEND:
         return Outcome(JobState.SUSPENDED, "gave way to others")
     return max_runtime_outcome()
+
+
+def _failed_outcome(record: Record) -> Outcome:
+    error = {name: record.get(name) for name in ("code", "message", "param", "hint", "fixable_by")}
+    state = JobState.FAILED if error["fixable_by"] in ("user", None) else JobState.RECOVERING
+    return Outcome(state, record["message"], error | {"fixable_by": error["fixable_by"] or "user"})
 
 
 def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:

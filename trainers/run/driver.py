@@ -19,7 +19,7 @@ from trainers.run.conversation import Conversation, Intent, Listeners
 from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
 from trainers.run.ports import Assignment
-from trainers.run.preparing import CPU, lineage, node_of, prepare
+from trainers.run.preparing import CPU, lineage, parts_of, prepare
 from trainers.run.records import RecordWriter
 from trainers.run.turns import TurnActions, Turns
 
@@ -30,6 +30,7 @@ HEARTBEAT_S = 1.0
 scheduler at once: it nudges."""
 
 _FORCED_S = 15.0
+_LEAVE_S = 5.0
 _INTENTS = {Wish.CANCEL: Intent.CANCEL, Wish.PAUSE: Intent.PAUSE}
 
 
@@ -54,7 +55,8 @@ class JobDriver:
         self._leaving = threading.Event()
         self._broken = False
         self._assignment: Assignment | None = None
-        self._task: WorkerTask | None = None
+        self._tasks: dict[str, WorkerTask] = {}
+        self._gang_over = threading.Event()
         self._gang_started = 0.0
         self._stopped_at: float | None = None
 
@@ -65,15 +67,21 @@ class JobDriver:
         """Look at the rows now: there is an order, or something to tell."""
         self._woken.set()
 
-    def task(self) -> WorkerTask:
-        """For a worker that has come up."""
-        if self._task is None:
-            raise RuntimeError("the worker group started before its task was there")
-        self._conversation.stage("worker_start", time.monotonic() - self._gang_started)
-        return self._task
+    def task(self, node: str) -> WorkerTask:
+        """For a node's worker that has come up."""
+        if node not in self._tasks:
+            raise RuntimeError(f"a worker started on {node} before its task was there")
+        if self._leads(node):
+            self._conversation.stage("worker_start", time.monotonic() - self._gang_started)
+        return self._tasks[node]
 
-    def relay(self, records: list[Record]) -> list[Order]:
-        return self._conversation.relay(records)
+    def relay(self, node: str, records: list[Record]) -> list[Order]:
+        if self._leads(node):
+            return self._conversation.relay(records)
+        return self._conversation.relay_companion(node, records)
+
+    def _leads(self, node: str) -> bool:
+        return node == next(iter(self._tasks))
 
     def run(self) -> None:
         """Returns when all is written and nothing of the attempt is left to wait for, or when fenced. Raises
@@ -81,7 +89,7 @@ class JobDriver:
         self._writer.start()
         self._start_thread(self._keep_lease)
         self._start_thread(self._train)
-        outcome = self._outcomes.get()  # the first word counts
+        outcome = self._first_hand(self._outcomes.get())  # the first word counts
         log.info("attempt %s ends: %s, %s", self._job, outcome.state, outcome.reason)
         self._clear()
         if outcome.state is None:
@@ -93,6 +101,15 @@ class JobDriver:
         self._woken.set()
         if self._broken:
             raise RuntimeError(f"the driver of {self._job} broke; see its log")
+
+    def _first_hand(self, outcome: Outcome) -> Outcome:
+        if len(self._tasks) < 2 or not outcome.is_hearsay:
+            return outcome
+        try:
+            other = self._outcomes.get(timeout=4 * self._settings.relay_s)
+        except queue.Empty:
+            return outcome
+        return outcome if other.is_hearsay else other
 
     def _start_thread(self, target: Callable[[], None]) -> None:
         """A thread that dies of what nobody foresaw takes the driver along: better dead than half alive."""
@@ -132,11 +149,14 @@ class JobDriver:
 
     def _prepare_and_run(self) -> None:
         assignment = self._assignment = self._read_assignment()
-        node = node_of(assignment)
-        self._task = prepare(assignment, self._agents.of(node), self._settings, self._conversation.stage)
+        self._tasks = prepare(assignment, self._agents, self._settings, self._conversation.stage)
+        scratch = next(iter(self._tasks.values())).scratch
         name = f"{assignment.tenant}-{assignment.job_id}-a{assignment.attempt}"
         self._gang_started = time.monotonic()
-        self._gang.run(GangRequest(*self._job, name, (node,), assignment.fingerprint, self._task.scratch))
+        try:
+            self._gang.run(GangRequest(*self._job, name, tuple(self._tasks), assignment.fingerprint, scratch))
+        finally:
+            self._gang_over.set()
         self._outcomes.put(Outcome(JobState.RECOVERING, "the worker left without saying how the training ended"))
 
     def _read_assignment(self) -> Assignment:
@@ -223,13 +243,17 @@ class JobDriver:
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _clear(self) -> None:
+        if len(self._tasks) > 1:  # those that follow wait for a word, and have a log to store
+            self._conversation.kill()
+            self._gang_over.wait(_LEAVE_S)
         self._gang.end()
         if self._assignment is None:
             return
-        try:
-            self._agents.of(node_of(self._assignment)).clear_attempt(*self._job)
-        except HeliostatError as error:  # the agent clears up itself when it ends the attempt
-            log.info("the scratch of %s was not cleared: %s", self._job, error.message)
+        for part in parts_of(self._assignment):
+            try:
+                self._agents.of(part.node).clear_attempt(*self._job)
+            except HeliostatError as error:  # the agent clears up itself when it ends the attempt
+                log.info("the scratch of %s on %s was not cleared: %s", self._job, part.node, error.message)
 
     def _write_end(self, outcome: Outcome) -> None:
         if outcome.artifact is None:
@@ -241,7 +265,7 @@ class JobDriver:
 
     def _lineage(self) -> dict[str, Any]:
         """What a version needs to be made again: data, code, configuration, and the identity of the run."""
-        if self._assignment is None or self._task is None:
+        if self._assignment is None or not self._tasks:
             raise RuntimeError("an artifact came before the task that makes it")
         return {
             **lineage(self._assignment),
@@ -253,7 +277,7 @@ class JobDriver:
             "attempt": self._assignment.attempt,
             "kind": self._assignment.kind,
             "world_size": self._assignment.placement.slots,
-            "threads_per_slot": self._task.threads,
+            "threads_per_slot": next(iter(self._tasks.values())).threads,
             "packages": self._conversation.hello,
             "run": self._conversation.ready,
         }

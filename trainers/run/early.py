@@ -169,7 +169,7 @@ def _kept(start: Start, folder: Path, usual: int, *, waits: bool) -> dict[str, A
 def _made_of(task: WorkerTask) -> tuple[object, ...]:
     """All that is fixed when a child starts."""
     places = tuple(given(Path(task.scratch)))
-    fixed = (task.python, task.scratch, task.uid, task.threads, task.visible_devices, task.settings)
+    fixed = (task.python, task.scratch, task.uid, task.threads, task.visible_devices, task.settings, task.address)
     return (*fixed, task.config["base_model"], places)
 
 

@@ -111,7 +111,7 @@ def _run_config(request: GangRequest) -> RunConfigV2:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What Train runs. `config` names the driver, no more: it lies in the object store."""
-    work(RayDriverHandle(config["driver"]))
+    work(RayDriverHandle(config["driver"], ray.get_runtime_context().get_node_labels()[NODE_LABEL]))
 
 
 class RayGang:
@@ -139,15 +139,16 @@ class RayGang:
 class RayDriverHandle:
     """`trainers.run.parts.DriverHandle` from within a Train worker."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, node: str) -> None:
         self._name = name
+        self._node = node
         self._actor: ActorHandle[Any] | None = None
 
     def task(self) -> WorkerTask:
-        return self._call(lambda driver: driver.task.remote())
+        return self._call(lambda driver: driver.task.remote(self._node))
 
     def relay(self, records: list[Record]) -> list[Order]:
-        return self._call(lambda driver: driver.relay.remote(records))
+        return self._call(lambda driver: driver.relay.remote(self._node, records))
 
     def _call(self, call: Callable[[Any], Any]) -> Any:
         try:
@@ -190,6 +191,9 @@ class RayAgent:
     def start_child(self, task: WorkerTask) -> str | None:
         """Waited for: one that starts after all, and a worker's own, would be two."""
         return self._get(self._actor.start_child.remote(task), _PREPARE_S)
+
+    def meeting_point(self) -> str:
+        return self._get(self._actor.meeting_point.remote(), _CALL_S)
 
     def clear_ahead(self, job_id: str, attempt: int) -> None:
         self._get(self._actor.clear_ahead.remote(job_id, attempt), _CALL_S)

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 Wiring = Callable[[], DriverParts]
 
 CONTROL_RESOURCE = {"heliostat_control": 0.001}
-CONCURRENCY = 8
-"""`run`, a relay and a task call of each worker, pings."""
+CONCURRENCY = 32
+"""`run`, pings, and a relay of each node's worker, which takes no time."""
 
 TRAIN_VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -56,11 +56,11 @@ class DriverActor:
         finally:
             ray.actor.exit_actor()
 
-    def task(self) -> WorkerTask:
-        return self._driver.task()
+    def task(self, node: str) -> WorkerTask:
+        return self._driver.task(node)
 
-    def relay(self, records: list[Record]) -> list[Order]:
-        return self._driver.relay(records)
+    def relay(self, node: str, records: list[Record]) -> list[Order]:
+        return self._driver.relay(node, records)
 
     def ping(self) -> str:
         return self._driver.ping()

@@ -110,7 +110,7 @@ def _by_model(shape: ModelShape, training: Training) -> Estimate:
 
 @dataclass(frozen=True)
 class Offer:
-    """Slots of one kind: GiB of each, and how many of them one node has at most."""
+    """Slots of one kind: GiB of each, and how many of them one gang can have at most."""
 
     kind: str
     memory_gb: float
@@ -120,12 +120,13 @@ class Offer:
 @dataclass(frozen=True)
 class Ask:
     """What the request says. `kinds` in the order of preference (empty: any); `mem_limit_gb` per slot, never a minimum;
-    `slots` None: the smallest number that fits. `may_part`, `may_recompute`: ZeRO-3, gradient checkpointing, where the training
-    does not fit otherwise."""
+    `slots` None: the smallest number that fits; `nodes`: the most that they may be spread over. `may_part`, `may_recompute`:
+    ZeRO-3, gradient checkpointing, where the training does not fit otherwise."""
 
     kinds: tuple[str, ...] = ()
     mem_limit_gb: float | None = None
     slots: int | None = None
+    nodes: int = 1
     may_part: bool = False
     may_recompute: bool = False
 
@@ -157,7 +158,8 @@ def choose_shapes(
             kinds.append(offer.kind)
     if not groups:
         raise _does_not_fit(_least(needed), ask, offers)
-    return [(_shape(one, kinds, training), one) for _, (one, kinds) in sorted(groups.items(), key=lambda item: item[0])]
+    ranked = sorted(groups.items(), key=lambda item: item[0])
+    return [(_shape(one, kinds, training, ask.nodes), one) for _, (one, kinds) in ranked]
 
 
 def choose_shape(
@@ -199,9 +201,9 @@ def park_gb(one: Estimate, on_cpu: bool) -> float:
     return round((kept + PROCESS_GB) * one.slots, 2)
 
 
-def _shape(one: Estimate, kinds: Sequence[str], training: Training) -> Shape:
+def _shape(one: Estimate, kinds: Sequence[str], training: Training, nodes: int) -> Shape:
     kinds = tuple(dict.fromkeys(kinds))
-    return Shape(one.slots, one.total_gb, kinds, park_gb=park_gb(one, training.on_cpu))
+    return Shape(one.slots, one.total_gb, kinds, min(nodes, one.slots), park_gb(one, training.on_cpu))
 
 
 def _preference(offer: Offer, ask: Ask) -> int:
@@ -252,9 +254,9 @@ def _limit_too_small(needed: Sequence[Estimate], ask: Ask) -> ResourceError:
 def _does_not_fit(needed: Sequence[Estimate], ask: Ask, offers: Sequence[Offer]) -> ResourceError:
     have = ", ".join(f"{offer.slots} x {offer.kind} of {offer.memory_gb:g} GiB" for offer in offers) or "none"
     want = "; or ".join(f"{one.slots} with {one.total_gb:g} GiB each" for one in needed)
-    asked = " or ".join(ask.kinds) or "any kind"
+    asked, where = " or ".join(ask.kinds) or "any kind", "node" if ask.nodes == 1 else f"{ask.nodes} nodes together"
     return ResourceError(
-        f"this training fits on no node: it needs slots of {asked}: {want or 'at least one'}; a node has: {have}",
+        f"this training fits on no {where}: it needs slots of {asked}: {want or 'at least one'}; there is: {have}",
         code="does_not_fit",
         param="resource_config",
         hint="Ask for another gpu_type or more num_gpus, use training_type lora, a smaller max_seq_len or a smaller "

@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, _Types]] = {
     },
     "checkpoint": {"step": int, "path": str, "sha256": dict, "metrics": dict},
     "ack": {"id": int, "command": str, "state": str},
+    "release": {"action": int},
     "log": {"level": str, "message": str},
     "failed": {"code": str, "message": str},
     "finished": {"step": int, "artifact": str, "sha256": dict, "metrics": dict},

@@ -18,7 +18,7 @@ from cluster.ports import Attempt
 from trainers.run.early import CHILD_GB, Early
 from trainers.run.parts import AgentHandle, DriverSettings, WorkerTask
 from trainers.run.ports import Assignment
-from trainers.run.preparing import CPU, stage
+from trainers.run.preparing import CPU, parts_of, stage
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ class Nursery:
             return
         agent = prepared.agent
         try:
-            task = stage(coming.assignment, agent, coming.settings, lambda stage, seconds: None, ahead=True)
+            part, *_ = parts_of(coming.assignment)
+            task = stage(coming.assignment, part, agent, coming.settings, lambda stage, seconds: None, ahead=True)
             read_ahead(Path(task.config["base_model"]))
             if coming.assignment.kind == CPU:  # elsewhere only the grant says which devices it may see
                 self._start_waiting(coming.key, task, prepared, agent.report().node.park_gb)

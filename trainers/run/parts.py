@@ -19,7 +19,8 @@ Record = dict[str, Any]
 each with `at`, the worker's clock; what ends an attempt with `log_tail`, the last lines that the child printed."""
 
 Order = dict[str, Any]
-"""What the driver tells a worker: {order: command, id, command}, {order: saved, step}, {order: end}."""
+"""What the driver tells a worker: {order: command, id, command}, {order: saved, step}, {order: end}, and {order: release, action}
+those of a gang's other nodes."""
 
 
 class DriverGone(Exception):
@@ -67,9 +68,10 @@ class DriverParts:
 class WorkerTask:
     """What one worker of an attempt is told, by an actor call: never in Train's arguments, which lie in the object store.
 
-    `config`: a `trainers.config.TrainConfig` as a dict. `visible_devices`: the leased GPUs by number. `uid`: the tenant's own
-    user id, for sandboxes. `memory_gb`: GiB of the node's memory that all of the child may take.
-    `keeper`: the folder in which the child waits that the node's agent has started already."""
+    `config`: a `trainers.config.TrainConfig` as a dict, with this node's part of the ranks. `visible_devices`: the leased GPUs
+    by number. `uid`: the tenant's own user id, for sandboxes. `memory_gb`: GiB of the node's memory that all of the child may
+    take. `keeper`: the folder in which the child waits that the node's agent has started already. `address`: this node's, where
+    the gang spans several; its ranks meet over the network then."""
 
     job_id: str
     attempt: int
@@ -84,6 +86,7 @@ class WorkerTask:
     uid: int | None = None
     memory_gb: float | None = None
     keeper: str | None = None
+    address: str | None = None
 
     @property
     def prefix(self) -> str:
@@ -112,6 +115,10 @@ class AgentHandle(Protocol):
         """Before there is a worker; where that finds it, None: the worker is to start it."""
         ...
 
+    def meeting_point(self) -> str:
+        """host:port: how other nodes reach this one, and where nobody listens at this moment."""
+        ...
+
     def clear_ahead(self, job_id: str, attempt: int) -> None: ...
 
     def clear_attempt(self, job_id: str, attempt: int) -> None: ...
@@ -125,7 +132,7 @@ class Agents(Protocol):
 
 @dataclass(frozen=True)
 class GangRequest:
-    """A worker on each of `nodes`; `name` is what operators see in the dashboard."""
+    """A worker on each of `nodes`, the first of which has rank 0; `name` is what operators see in the dashboard."""
 
     job_id: str
     attempt: int
@@ -148,7 +155,7 @@ class Gang(Protocol):
 
 
 class DriverHandle(Protocol):
-    """The driver as a worker sees it. Both raise `DriverGone`."""
+    """The driver as the worker of one node sees it. Both raise `DriverGone`."""
 
     def task(self) -> WorkerTask: ...
 
@@ -163,6 +170,11 @@ class Outcome:
     reason: str
     error: dict[str, str | None] | None = None
     artifact: Record | None = field(default=None)
+
+    @property
+    def is_hearsay(self) -> bool:
+        """A rank that knows only that another one is gone: why, that one's own node may be about to say."""
+        return self.error is not None and self.error.get("code") in ("rank_lost", "rank_not_responding")
 
 
 Report = Callable[[str, float], None]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.errors import JobFailure
 from cluster.staging import caches_of
 from cluster.storage.objects import ObjectStore, folder_sha256
 from trainers.config import TrainConfig
 from trainers.run.child_files import MANIFEST
-from trainers.run.parts import AgentHandle, DriverSettings, Report, WorkerTask
+from trainers.run.parts import AgentHandle, Agents, DriverSettings, Report, WorkerTask
 from trainers.run.ports import Assignment
 
 CPU = "cpu"
@@ -39,28 +40,66 @@ T = TypeVar("T")
 Files = dict[str, tuple[str, str]]
 
 
-def node_of(assignment: Assignment) -> str:
-    """Raises `JobFailure`: one worker spans one node."""
-    nodes = list(assignment.placement.nodes)
-    if len(nodes) != 1:
-        raise JobFailure(
-            f"the job was placed on {len(nodes)} nodes; a training spans one node",
-            code="unsupported_placement",
-            hint="Ask for as many GPUs as one node has.",
-        )
-    return nodes[0]
+@dataclass(frozen=True)
+class Part:
+    """Of a gang: what one node has of it. `address`, `meeting_point`: where several nodes have parts."""
+
+    node: str
+    slots: tuple[int, ...]
+    first_rank: int = 0
+    address: str | None = None
+    meeting_point: str | None = None
 
 
-def prepare(assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report) -> WorkerTask:
-    """The child starts at once: it imports and loads while Ray starts its worker. Raises as `stage`."""
-    task = stage(assignment, agent, settings, report)
-    return replace(task, keeper=agent.start_child(task))
+def parts_of(assignment: Assignment) -> list[Part]:
+    """The largest first; its first rank is the one that leads."""
+    placed = sorted(assignment.placement.nodes.items(), key=lambda place: (-len(place[1]), place[0]))
+    begins = itertools.accumulate((len(slots) for _, slots in placed), initial=0)
+    return [Part(node, tuple(slots), first) for (node, slots), first in zip(placed, begins, strict=False)]
+
+
+def prepare(assignment: Assignment, agents: Agents, settings: DriverSettings, report: Report) -> dict[str, WorkerTask]:
+    """By node, the leading one first. The children start at once: they import and load while Ray starts its workers. `report`: of
+    the leading node. Raises as `stage`."""
+    parts = _meeting(parts_of(assignment), agents)
+    with ThreadPoolExecutor(len(parts), "prepare") as each:
+
+        def staged(part: Part) -> WorkerTask:
+            told = report if part.first_rank == 0 else _untold
+            return stage(assignment, part, agents.of(part.node), settings, told)
+
+        tasks = list(each.map(staged, parts))
+    return {
+        part.node: replace(task, keeper=agents.of(part.node).start_child(task))
+        for part, task in zip(parts, tasks, strict=True)
+    }
+
+
+def _meeting(parts: list[Part], agents: Agents) -> list[Part]:
+    if len(parts) == 1:
+        return parts
+    points = [agents.of(part.node).meeting_point() for part in parts]
+    return [
+        replace(part, address=point.rsplit(":", 1)[0], meeting_point=points[0])
+        for part, point in zip(parts, points, strict=True)
+    ]
+
+
+def _untold(stage: str, seconds: float) -> None:
+    pass
 
 
 def stage(
-    assignment: Assignment, agent: AgentHandle, settings: DriverSettings, report: Report, *, ahead: bool = False
+    assignment: Assignment,
+    part: Part,
+    agent: AgentHandle,
+    settings: DriverSettings,
+    report: Report,
+    *,
+    ahead: bool = False,
 ) -> WorkerTask:
-    """`ahead`: of the grant. Raises what the agent raises, and `NotFound` for an adapter that is not in storage."""
+    """Makes the node of the part ready. `ahead`: of the grant. Raises what the agent raises, and `NotFound` for an adapter that is
+    not in storage."""
     made = _timed("environment", report, lambda: agent.prepare_environment(assignment.lock))
     for stage, seconds in made.get("stages", {}).items():
         report(f"environment_{stage}", seconds)
@@ -75,7 +114,7 @@ def stage(
     )
     node = agent.report().node
     threads = max(1, (os.cpu_count() or 1) // max(1, node.slots))
-    config = train_config(assignment, settings, base, scratch, threads)
+    config = train_config(assignment, part, settings, base, scratch, threads)
     return WorkerTask(
         job_id=assignment.job_id,
         attempt=assignment.attempt,
@@ -84,11 +123,12 @@ def stage(
         python=made["python"],
         scratch=scratch,
         config=config.to_dict(),
-        visible_devices=visible_devices(assignment),
+        visible_devices=visible_devices(assignment, part),
         threads=threads,
         settings=settings,
         uid=assignment.uid,
-        memory_gb=node.memory_gb * assignment.placement.slots if assignment.kind == CPU else None,
+        memory_gb=node.memory_gb * len(part.slots) if assignment.kind == CPU else None,
+        address=part.address,
     )
 
 
@@ -126,15 +166,13 @@ def _below(folder: str, prefix: str, files: dict[str, str]) -> Files:
     return {f"{folder}/{name}": (f"{prefix}/{name}", sha256) for name, sha256 in files.items()}
 
 
-def visible_devices(assignment: Assignment) -> str:
+def visible_devices(assignment: Assignment, part: Part) -> str:
     """The leased GPUs, none on a `cpu` node."""
-    if assignment.kind == CPU:
-        return ""
-    return ",".join(str(slot) for slot in assignment.placement.nodes[node_of(assignment)])
+    return "" if assignment.kind == CPU else ",".join(str(slot) for slot in part.slots)
 
 
 def train_config(
-    assignment: Assignment, settings: DriverSettings, base: str, scratch: str, threads: int
+    assignment: Assignment, part: Part, settings: DriverSettings, base: str, scratch: str, threads: int
 ) -> TrainConfig:
     """What the child is told; only places below the scratch folder and the model's."""
     script = assignment.script
@@ -150,6 +188,9 @@ def train_config(
         hyperparams=assignment.hyperparams,
         precision=assignment.precision,
         world_size=assignment.placement.slots,
+        first_rank=part.first_rank,
+        node_ranks=len(part.slots),
+        meeting_point=part.meeting_point,
         devices=CPU if assignment.kind == CPU else "cuda",
         threads_per_slot=threads,
         checkpoint_every_s=settings.checkpoint_every_s,

@@ -98,7 +98,8 @@ class Worker:
         child.kill()
 
     def _log_prefix(self) -> str:
-        return f"{self._task.prefix}/jobs/{self._task.job_id}/logs/a{self._task.attempt}/r0"
+        first = self._task.config["first_rank"]
+        return f"{self._task.prefix}/jobs/{self._task.job_id}/logs/a{self._task.attempt}/r{first}"
 
     def _converse(self, child: Child, uploads: ThreadPoolExecutor) -> None:
         self._tell("spawned")
@@ -233,6 +234,8 @@ class Worker:
                     self._ending.set()
                 case "saved":
                     child.channel.send("saved", step=order["step"])
+                case "release":
+                    child.channel.send("release", action=order["action"])
                 case "command":
                     child.channel.send("command", id=order["id"], command=order["command"])
         except OSError as error:  # it is leaving, or does not listen: the driver's grace period ends that

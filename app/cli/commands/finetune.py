@@ -74,7 +74,7 @@ class Where:
     gpus: Annotated[
         str | None, typer.Option(metavar="TYPE[:N]", help="A100:8, A100,H100:2, 4, cpu.", rich_help_panel=RUN)
     ] = None
-    nodes: Annotated[int | None, typer.Option(min=1, rich_help_panel=RUN)] = None
+    nodes: Annotated[int | None, typer.Option(min=1, help="Spread over at most so many.", rich_help_panel=RUN)] = None
     mem_limit_gb: Annotated[float | None, typer.Option(help="GiB per GPU, at most.", rich_help_panel=RUN)] = None
     market: Annotated[str | None, typer.Option(help="any, on_demand, spot.", rich_help_panel=RUN)] = None
     max_runtime: Annotated[str | None, typer.Option(metavar="H", help="Hours, or 90m, 24h.", rich_help_panel=RUN)] = (

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trainers.child.artifact import load_saved, save_model
 from trainers.child.failure import TrainFailure
 from trainers.child.outputs.history import FILE, MOST_STEPS, Journal
+from trainers.child.world import World
 from trainers.config import TrainConfig
 
 pytestmark = [
@@ -81,7 +82,7 @@ def test_saved_weights_are_put_back_whole(tiny_llama: Path, tmp_path: Path) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    load_saved(model, tmp_path)
+    load_saved(model, tmp_path, World())
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 

@@ -14,7 +14,7 @@ import ray
 from fakes_driver import make_assignment
 from wiring_run import NAMESPACE, Rows, driver_parts, objects_url, start_agent
 
-from cluster.core.job import JobState
+from cluster.core.job import JobState, Placement
 from cluster.processes import running_attempts
 from cluster.storage.objects import ObjectStore
 from trainers.config import Hyperparams
@@ -42,9 +42,13 @@ def main() -> None:
     model = {file.name: file.read_bytes() for file in Path(sys.argv[2]).iterdir()}
     storage = ObjectStore(objects_url())
     launcher = RayDriverLauncher(driver_parts)
-    agent = start_agent("n1")
-    ray.get(agent.report.remote(), timeout=60)
-    seen = {"whole": whole_job(launcher, storage, model), "killed": killed_job(launcher, storage, model)}
+    agents = [start_agent(node) for node in ("n1", "n2")]
+    ray.get([agent.report.remote() for agent in agents], timeout=60)
+    seen = {
+        "whole": whole_job(launcher, storage, model),
+        "killed": killed_job(launcher, storage, model),
+        "two_nodes": whole_job(launcher, storage, model, {"n1": (0,), "n2": (0,)}),
+    }
     until(lambda: not left_actors())
     groups = ray.util.placement_group_table().values()
     print(json.dumps({**seen, "groups": [group["state"] for group in groups]}))
@@ -56,13 +60,20 @@ def left_actors() -> list[str]:
     return [name for name in names if name.startswith(("job-", "train-"))]
 
 
-def rows_of(storage: ObjectStore, model: dict[str, bytes], steps: int) -> Any:
-    given = make_assignment(storage, model, rows=ROW * 4, hyperparams=Hyperparams(max_steps=steps, batch_size=2))
+Slots = dict[str, tuple[int, ...]]
+ONE_NODE: Slots = {"n1": (0,)}
+
+
+def rows_of(storage: ObjectStore, model: dict[str, bytes], steps: int, nodes: Slots = ONE_NODE) -> Any:
+    hyper = Hyperparams(max_steps=steps, batch_size=2)
+    given = make_assignment(storage, model, rows=ROW * 4, hyperparams=hyper, placement=Placement(nodes))
     return ray.remote(Rows).options(name="rows", namespace=NAMESPACE, num_cpus=0).remote(given)
 
 
-def whole_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
-    rows = rows_of(storage, model, steps=3)
+def whole_job(
+    launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes], nodes: Slots = ONE_NODE
+) -> dict[str, Any]:
+    rows = rows_of(storage, model, 3, nodes)
     launcher.start("ftjob-1", 1)
     launcher.start("ftjob-1", 1)
     alive = until(lambda: launcher.alive("ftjob-1", 1) is True)
@@ -75,6 +86,8 @@ def whole_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str
         "alive_after_s": alive,
         "seconds": seconds,
         "state": made["state"],
+        "error": made["error"],
+        "ranks": (made["result"] or {}).get("lineage", {}).get("world_size"),
         "steps": sorted(made["steps"]),
         "checkpoints": [checkpoint.step for checkpoint in made["checkpoints"]],
         "stages": {data["stage"]: data["seconds"] for type, _, data in made["events"] if type == "stage"},

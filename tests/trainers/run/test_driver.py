@@ -13,13 +13,13 @@ import pytest
 import scripted_child_names as does
 from fakes_driver import JOB, World, make_world
 
-from cluster.core.job import JobState, Placement, Wish
+from cluster.core.job import JobState, Wish
 from cluster.errors import EnvironmentError_, Unavailable
 from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
 from trainers.run.ports import LastCheckpoint
-from trainers.run.preparing import attempt_files, train_config
+from trainers.run.preparing import attempt_files, parts_of, train_config
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -127,7 +127,9 @@ def test_the_best_checkpoint_so_far_is_staged_beside_the_last(tmp_path: Path) ->
     object.__setattr__(made.store.given, "best", LastCheckpoint(2, 1, "best", files))
     staged = attempt_files(made.store.given, made.storage)
     assert [name for name in staged if name.startswith("best")] == ["best/adapter.bin"]
-    config = train_config(made.store.given, made.driver._settings, "base", "/node/jobs/j/a1", 1)
+    config = train_config(
+        made.store.given, parts_of(made.store.given)[0], made.driver._settings, "base", "/node/jobs/j/a1", 1
+    )
     assert config.best_checkpoint == "/node/jobs/j/a1/best" and config.outputs == ["merged", "curves", "tensorboard"]
 
 
@@ -260,7 +262,7 @@ def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> No
         made.store.attempt = 2
         seen.append(len(made.store.events))
         until(lambda: made.gang.ended)
-        made.driver.relay([])  # the thread of the worker is not ended by a gang of threads
+        made.driver.relay("n1", [])  # the thread of the worker is not ended by a gang of threads
         made.driver._conversation.kill()
 
     run(made, take_over)
@@ -287,12 +289,6 @@ def test_trouble_while_preparing(tmp_path: Path, error: Exception, state: JobSta
     made.agent.fails = error
     run(made)
     assert made.store.state is state
-
-
-def test_a_placement_over_two_nodes_is_refused(tmp_path: Path) -> None:
-    made = run(world(tmp_path, placement=Placement({"n1": (0,), "n2": (0,)})))
-    assert made.store.error is not None
-    assert made.store.error["code"] == "unsupported_placement"
 
 
 def test_the_lease_is_renewed_all_along(tmp_path: Path) -> None:

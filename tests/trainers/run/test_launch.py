@@ -56,30 +56,39 @@ def variables(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def head(variables: dict[str, str]) -> Iterator[str]:
-    """The address of a Ray head of our own, ended by its id."""
+    """The address of a Ray head of our own with a second node beside it, both ended by their ids."""
     port = free_port()
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
-        *("--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000"),
-        *("--labels=heliostat-node=n1", f"--resources={json.dumps({'heliostat_control': 1})}"),
-        # 0: any free port; the defaults would meet those of another Ray on this machine.
-        *(
-            "--min-worker-port=0",
-            "--max-worker-port=0",
-            f"--ray-client-server-port={free_port()}",
-            "--metrics-export-port=0",
-        ),
-        *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0"),
-    ]
     with tempfile.TemporaryDirectory(prefix="hr", dir="/tmp") as folder:  # Ray's socket paths must be short
-        with Path(folder, "head.log").open("wb") as output:
-            process = subprocess.Popen([*command, f"--temp-dir={folder}"], env=variables, stdout=output, stderr=output)
+        first = start_ray(
+            Path(folder, "n1.log"),
+            variables,
+            *("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"),
+            *(f"--ray-client-server-port={free_port()}", "--labels=heliostat-node=n1"),
+            f"--resources={json.dumps({'heliostat_control': 1})}",
+        )
+        nodes = [first]
         try:
-            wait_for_port(port, process, Path(folder, "head.log"))
+            wait_for_port(port, first, Path(folder, "n1.log"))
+            second = (f"--address=127.0.0.1:{port}", "--labels=heliostat-node=n2")
+            nodes.append(start_ray(Path(folder, "n2.log"), variables, *second))
             yield f"127.0.0.1:{port}"
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)  # it ends a dozen processes one after the other
+            for node in reversed(nodes):
+                node.send_signal(signal.SIGTERM)
+                node.wait(60)  # it ends a dozen processes one after the other
+
+
+def start_ray(log: Path, variables: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"),
+        "--object-store-memory=80000000",
+        # 0: any free port; the defaults would meet those of another Ray on this machine.
+        *("--min-worker-port=0", "--max-worker-port=0", "--metrics-export-port=0"),
+        *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--runtime-env-agent-port=0"),
+        *options,
+    ]
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=variables, stdout=output, stderr=output)
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
@@ -104,6 +113,9 @@ def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path
     assert whole["checkpoints"][-1] == 3
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(whole["files"])
     assert {"environment", "worker_start", "imports", "load", "first_step"} <= set(whole["stages"])
+    over_nodes = seen["two_nodes"]
+    assert (over_nodes["state"], over_nodes["error"], over_nodes["ranks"]) == ("succeeded", None, 2)
+    assert over_nodes["steps"] == [1, 2, 3]
     assert seen["killed"]["alive"] is False
     assert seen["killed"]["child_gone_after_s"] < 10
     assert set(seen["groups"]) == {"REMOVED"}

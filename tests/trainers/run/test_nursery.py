@@ -34,7 +34,7 @@ from trainers.run.early import may_change_priority
 from trainers.run.keeper import NICE
 from trainers.run.nursery import Coming, Nursery
 from trainers.run.parts import WorkerTask
-from trainers.run.preparing import prepare, stage
+from trainers.run.preparing import parts_of, prepare, stage
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 JOB = f"ftjob-early{os.getpid()}"
@@ -77,7 +77,7 @@ def early_children() -> list[psutil.Process]:
 
 
 def prepared(made: World) -> WorkerTask:
-    return prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)
+    return prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)["n1"]
 
 
 def run(made: World) -> World:
@@ -312,7 +312,8 @@ def test_without_room_for_parked_jobs_there_is_none_for_what_may_come(
 def test_one_that_was_made_of_something_else_is_replaced(tmp_path: Path) -> None:
     ahead = Ahead(world(tmp_path))
     child = ahead.wait_for_child()
-    task = stage(ahead.made.store.given, ahead.made.agent, ahead.made.driver._settings, lambda stage, seconds: None)
+    given = ahead.made.store.given
+    task = stage(given, parts_of(given)[0], ahead.made.agent, ahead.made.driver._settings, lambda stage, seconds: None)
     task = replace(task, threads=7)
     adopted = taken_over(replace(task, keeper=ahead.nursery.start(task)))
     assert adopted.process.pid != child.pid

@@ -55,7 +55,7 @@ def isolated(
 ) -> tuple[World, WorkerTask]:
     settings = {"isolation": isolation}
     made = make_world(root, None, settings=settings, hyperparams=Hyperparams(seed=does_what), uid=UID, **changes)
-    return made, prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)
+    return made, prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)["n1"]
 
 
 def work(made: World, task: WorkerTask, driver: Listener) -> threading.Thread:

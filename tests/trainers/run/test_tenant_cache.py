@@ -22,7 +22,7 @@ needs_sandbox = pytest.mark.skipif(ability().mode is None, reason=f"no sandbox h
 @pytest.fixture
 def task(tmp_path: Path) -> WorkerTask:
     made = make_world(tmp_path, None, settings={"isolation": Isolation.PREFERRED}, uid=UID)
-    return prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)
+    return prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)["n1"]
 
 
 @pytest.fixture

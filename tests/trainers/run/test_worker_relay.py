@@ -43,7 +43,7 @@ class DeafDriver:
 def test_a_worker_that_is_not_heard_ends_its_child(tmp_path: Path, error: Exception) -> None:
     made = make_world(tmp_path, SCRIPT, hyperparams=Hyperparams(seed=does.HANGS))
     parts = made.driver._settings
-    task = prepare(made.store.given, made.agent, parts, lambda stage, seconds: None)
+    task = prepare(made.store.given, made.agent, parts, lambda stage, seconds: None)["n1"]
     worker = Worker(task, DeafDriver(task, error), made.storage, partial(spawn, command=(str(SCRIPT),)))
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()

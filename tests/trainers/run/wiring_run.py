@@ -53,8 +53,13 @@ def driver_parts() -> DriverParts:
 
 
 def start_agent(node: str) -> Any:
-    root = Path(os.environ[ROOT_VARIABLE]) / "node"
+    root = Path(os.environ[ROOT_VARIABLE]) / node
     agent = ray.remote(EarlyAgent).options(
-        name=f"agent-{node}", namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=4
+        name=f"agent-{node}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        max_concurrency=4,
+        label_selector={"heliostat-node": node},
     )
     return agent.remote(root, ObjectStore(objects_url()))

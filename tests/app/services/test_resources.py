@@ -1,0 +1,45 @@
+"""Which slots a request may have, where its gang may span nodes."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.db.models import Node
+from app.schemas.finetune import ResourceConfig
+from app.services.resources import Choice, ModelFacts, Rules, Wanted, choose
+from cluster.errors import HeliostatError
+from trainers.run.memory import Ask, Training
+
+WANTED = Wanted(Training(), Ask())
+MODEL = ModelFacts({}, 10_000_000)
+
+
+def node(name: str, slots: int) -> Node:
+    return Node(name=name, kind="cpu", slots=slots, memory_gb=8.0, price_per_hour=0.0, market="on_demand", region="")
+
+
+def chosen(nodes: list[Node], max_nodes: int, **asked: int) -> Choice:
+    return choose(ResourceConfig(**asked), nodes, MODEL, WANTED, Rules(max_nodes=max_nodes))
+
+
+def test_a_gang_may_take_the_slots_of_as_many_like_nodes_as_it_may_span() -> None:
+    nodes = [node("a", 2), node("b", 2), node("c", 2), node("d", 3)]
+    shape = chosen(nodes, 8, num_gpus=6, num_nodes=3).shapes[0]
+    assert (shape.slots, shape.nodes) == (6, 3)
+    assert chosen(nodes, 8, num_gpus=1, num_nodes=3).shapes[0].nodes == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"), [({"num_gpus": 6, "num_nodes": 2}, "does_not_fit"), ({"num_gpus": 4}, "does_not_fit")]
+)
+def test_nodes_that_are_not_alike_are_no_gang(asked: dict[str, int], code: str) -> None:
+    with pytest.raises(HeliostatError) as caught:
+        chosen([node("a", 2), node("b", 2), node("d", 3)], 8, **asked)
+    assert caught.value.code == code
+
+
+def test_the_operator_says_how_many_nodes_a_training_may_span() -> None:
+    with pytest.raises(HeliostatError) as caught:
+        chosen([node("a", 2), node("b", 2)], 1, num_gpus=4, num_nodes=2)
+    assert (caught.value.code, caught.value.param) == ("unsupported_num_nodes", "resource_config.num_nodes")
+    assert "training.max_nodes" in (caught.value.hint or "")

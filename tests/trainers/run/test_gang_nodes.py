@@ -1,0 +1,211 @@
+"""A gang over two nodes: a driver with two workers and two real children that meet over TCP, each on a data folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders_child import tree_of
+from builders_llama import capital_rows, make_tiny_llama
+from fakes_driver import JOB, FolderAgent, MemoryStore, ThreadGang, make_assignment
+from waiting import until
+
+from cluster.core.events import How
+from cluster.core.job import JobState, Placement, Wish
+from cluster.processes import running_attempts
+from cluster.storage.objects import ObjectStore
+from trainers.child.model import STATE_FILE
+from trainers.config import Hyperparams
+from trainers.run.child_process import Child, meeting_over, spawn
+from trainers.run.driver import JobDriver
+from trainers.run.parts import DriverParts, DriverSettings, WorkerTask
+from trainers.run.preparing import Part, parts_of
+
+pytestmark = pytest.mark.integration
+
+TWO_NODES = {"n1": (0,), "n2": (0,)}
+HYPER: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "lr": 1e-2, "lora_r": 4, "lora_dropout": 0.1, "seed": 3}
+
+
+class GangAgents:
+    """`Agents`; each node has a folder of its own."""
+
+    def __init__(self, root: Path, storage: ObjectStore) -> None:
+        self.nodes = {name: FolderAgent(root / name, storage) for name in ("n1", "n2")}
+
+    def of(self, node: str) -> FolderAgent:
+        return self.nodes[node]
+
+
+class GangOfNodes:
+    """One job of a tiny model, placed as `nodes` says. `children`: pids of the launchers, by node."""
+
+    def __init__(self, root: Path, base: Path, nodes: dict[str, tuple[int, ...]] = TWO_NODES, **hyper: Any) -> None:
+        self.storage = ObjectStore(str(root / "objects"))
+        model = {file.name: file.read_bytes() for file in base.iterdir()}
+        rows = b"".join(json.dumps(row).encode() + b"\n" for row in capital_rows(24))
+        given = make_assignment(
+            self.storage, model, rows=rows, hyperparams=Hyperparams(**HYPER | hyper), placement=Placement(nodes)
+        )
+        self.store = MemoryStore(given)
+        self.agents = GangAgents(root, self.storage)
+        self.gang = ThreadGang(self.storage, None)
+        self.gang._spawn = self._spawn
+        self.children: dict[str, int] = {}
+        settings = DriverSettings(str(root / "objects"), lease_ttl_s=0.3, relay_s=0.05, checkpoint_every_s=0.0)
+        self.driver = self.gang.driver = JobDriver(JOB, 1, DriverParts(self.store, settings), self.agents, self.gang)
+        self._thread = threading.Thread(target=self.driver.run)
+
+    def _spawn(self, task: WorkerTask) -> Child:
+        child = spawn(task)
+        self.children["n1" if "/n1/" in task.scratch else "n2"] = child.process.pid
+        return child
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> GangOfNodes:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        until(lambda: (JOB, 1) not in running_attempts())
+        return self
+
+    def run(self) -> GangOfNodes:
+        self.start()
+        return self.end()
+
+    @property
+    def losses(self) -> list[float]:
+        return [row.loss for _, row in sorted(self.store.steps.items())]
+
+    def evaluations(self) -> list[tuple[str, float]]:
+        return [(data["when"], data["loss"]) for type, _, data in self.store.events if type == "evaluated"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def on_one_node(base: Path, tmp_path_factory: pytest.TempPathFactory) -> GangOfNodes:
+    return GangOfNodes(tmp_path_factory.mktemp("one"), base, {"n1": (0, 1)}).run()
+
+
+def test_two_nodes_compute_what_one_with_as_many_slots_does(
+    on_one_node: GangOfNodes, base: Path, tmp_path: Path
+) -> None:
+    job = GangOfNodes(tmp_path, base).run()
+    assert job.store.state is JobState.SUCCEEDED, job.store.error
+    assert job.losses == on_one_node.losses and len(job.losses) == HYPER["max_steps"]
+    assert job.store.result is not None and on_one_node.store.result is not None
+    weights = "adapter_model.safetensors"
+    assert job.store.result["files"][weights] == on_one_node.store.result["files"][weights]
+    assert {node for node, agent in job.agents.nodes.items() if agent.cleared} == {"n1", "n2"}
+
+
+def test_each_node_leaves_the_log_of_its_ranks(base: Path, tmp_path: Path) -> None:
+    job = GangOfNodes(tmp_path, base, max_steps=1).run()
+    logs = {key.split("/logs/a1/")[1].split("/")[0] for key in job.storage.keys(f"tenants/t1/jobs/{JOB}/logs/")}
+    assert logs <= {"r0", "r1"} and not job.store.error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_shares_out_over_nodes(base: Path, tmp_path: Path, on_one_node: GangOfNodes, stage: int) -> None:
+    job = GangOfNodes(tmp_path, base, zero_stage=stage, lora_dropout=0.0).run()
+    alone = GangOfNodes(tmp_path / "alone", base, {"n1": (0, 1)}, zero_stage=stage, lora_dropout=0.0).run()
+    assert job.store.state is JobState.SUCCEEDED, job.store.error
+    assert job.losses == alone.losses
+
+
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_the_best_weights_reach_the_node_without_the_checkpoint(base: Path, tmp_path: Path, training_type: str) -> None:
+    """With a learning rate that spoils what was learned: the best is not the last."""
+    hyper = {
+        "validation_split": 0.3,
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "lr": 0.3,
+        "max_steps": 5,
+        "lr_scheduler": "constant",
+    }
+    job = GangOfNodes(tmp_path, base, **hyper)
+    object.__setattr__(job.store.given, "training_type", training_type)
+    job.run()
+    assert job.store.state is JobState.SUCCEEDED, job.store.error
+    during = [loss for when, loss in job.evaluations() if when == "during"]
+    after = dict(job.evaluations())["after"]
+    assert min(during) < during[-1], "the last weights are not the best ones"
+    assert after == pytest.approx(min(during), rel=1e-6), "both nodes evaluate the best weights"
+
+
+def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(
+    on_one_node: GangOfNodes, base: Path, tmp_path: Path
+) -> None:
+    job = GangOfNodes(tmp_path, base)
+    job.start()
+    until(lambda: bool(job.store.steps), 60)
+    job.store.order = How.PARK
+    job.driver.nudge()
+    until(lambda: job.store.state is JobState.PARKED, 30)
+    job.store.state = JobState.RUNNING
+    job.driver.nudge()
+    job.end()
+    assert job.store.state is JobState.SUCCEEDED, job.store.error
+    assert job.losses == on_one_node.losses
+
+
+def test_a_rank_that_is_killed_on_another_node_ends_the_attempt_with_its_own_word(base: Path, tmp_path: Path) -> None:
+    job = GangOfNodes(tmp_path, base, max_steps=10_000)
+    job.start()
+    until(lambda: len(job.store.steps) > 2, 60)
+    os.kill(max(tree_of(job.children["n2"])), signal.SIGKILL)
+    job.end()
+    assert job.store.state is JobState.RECOVERING and job.store.error is not None
+    assert job.store.error["code"] in ("rank_lost", "child_killed") and job.store.checkpoints
+
+
+def test_a_whole_node_that_dies_ends_the_attempt_and_a_smaller_gang_goes_on_from_its_checkpoint(
+    base: Path, tmp_path: Path
+) -> None:
+    job = GangOfNodes(tmp_path, base, max_steps=10_000)
+    job.start()
+    until(lambda: len(job.store.checkpoints) > 2, 60)
+    os.kill(job.children["n2"], signal.SIGKILL)
+    job.end()
+    assert job.store.state is JobState.RECOVERING
+    last = job.store.checkpoints[-1]
+    assert STATE_FILE in last.files
+    again = GangOfNodes(tmp_path, base, {"n1": (0,)}, max_steps=10_000)
+    object.__setattr__(again.store.given, "checkpoint", last)
+    again.start()
+    until(lambda: len(again.store.steps) > 2, 60)
+    again.store.wish = Wish.CANCEL
+    again.driver.nudge()
+    again.end()
+    assert min(again.store.steps) == last.step + 1
+
+
+def test_cancelling_ends_the_children_of_every_node(base: Path, tmp_path: Path) -> None:
+    job = GangOfNodes(tmp_path, base, max_steps=10_000)
+    job.start()
+    until(lambda: bool(job.store.steps), 60)
+    job.store.wish = Wish.CANCEL
+    job.driver.nudge()
+    job.end()
+    assert job.store.state is JobState.CANCELLED
+
+
+def test_the_largest_part_leads(base: Path, tmp_path: Path) -> None:
+    given = GangOfNodes(tmp_path, base, {"a": (3,), "c": (0, 1), "b": (0, 1)}).store.given
+    assert parts_of(given) == [Part("b", (0, 1), 0), Part("c", (0, 1), 2), Part("a", (3,), 4)]
+
+
+def test_ranks_meet_on_the_interface_that_has_the_nodes_address() -> None:
+    assert meeting_over("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    assert meeting_over(None)["MASTER_ADDR"] == "127.0.0.1"
