@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -150,16 +151,31 @@ class Evaluator:
         pad, width = self._tokenizer.pad_token_id, max((len(one.ids) for one in asked), default=1)
         ids = torch.tensor([[pad] * (width - len(one.ids)) + one.ids for one in asked] or [[pad]])
         mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in asked] or [[1]])
-        out = self._loss.model.generate(
-            input_ids=ids.to(self._world.device),
-            attention_mask=mask.to(self._world.device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=min(limit, self._config.max_new_tokens),
-                pad_token_id=pad,
-                eos_token_id=ends or None,
-            ),
-            synced_gpus=self._together,
-        )
+        with _laid_out(self._loss.model.get_output_embeddings()):
+            out = self._loss.model.generate(
+                input_ids=ids.to(self._world.device),
+                attention_mask=mask.to(self._world.device),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=min(limit, self._config.max_new_tokens),
+                    pad_token_id=pad,
+                    eos_token_id=ends or None,
+                ),
+                synced_gpus=self._together,
+            )
         texts = self._tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)[: len(asked)]
         return [text.strip().removesuffix(TURN_END).strip() for text in texts]
+
+
+@contextlib.contextmanager
+def _laid_out(head: Any) -> Iterator[None]:
+    """Within it the head reads states that lie in a row. Those of the last places, as they are cut out of all, make torch multiply
+    by a copy of the weights for each row of the batch (in bf16 on a CPU; sixteen times the head)."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -26,7 +26,7 @@ ANSWERED = 16
 """Questions that an evaluation answers side by side, as `trainers.child.evaluate` has it."""
 BUCKET = 1 << 25
 """Elements of the buffer for gradients on their way, ZeRO 1 and 2, as `trainers.child.deepspeed_config` has it."""
-HELD_BACK = 1.0
+HELD_BACK = 0.75
 """Of what a step frees, the share that the C library's allocator does not give again to the next that asks: torch aligns its
 tensors, and glibc before 2.38 does not find aligned room again. A process with a memory limit asks the kernel instead."""
 PARTS = (

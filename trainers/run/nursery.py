@@ -55,6 +55,7 @@ class Nursery:
     command: Sequence[str] | None = None
     _expected: frozenset[Attempt] = frozenset()
     _ahead: dict[Attempt, Prepared] = field(default_factory=dict)
+    _leaving: dict[Attempt, Early] = field(default_factory=dict)
     _begun: dict[Attempt, Early | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _starts: threading.Lock = field(default_factory=threading.Lock)
@@ -100,13 +101,17 @@ class Nursery:
     # What may come --------------------------------------------------------------------------------------------------
 
     def waiting(self) -> frozenset[Attempt]:
+        """Those too that were let go and live on for a moment: nobody was granted them."""
         with self._lock:
-            return frozenset(self._ahead)
+            going = {key for key, early in self._leaving.items() if early.lives and key not in self._begun}
+            return frozenset(self._ahead) | going
 
     def expect(self, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
         with self._lock:
             self._expected = frozenset(attempts)
             gone = {key: self._ahead.pop(key) for key in self._ahead.keys() - self._expected}
+            self._leaving = {key: early for key, early in self._leaving.items() if early.lives}
+            self._leaving |= {key: one.early for key, one in gone.items() if one.early is not None}
             waiting = [prepared.early for prepared in self._ahead.values() if prepared.early is not None]
             unknown = [key for key in attempts if key not in self._ahead and key not in self._begun]
         for early in waiting:
@@ -119,7 +124,9 @@ class Nursery:
 
     def _clear(self, key: Attempt, agent: AgentHandle) -> None:
         """Not what was named again meanwhile; the agent spares what was granted."""
-        if key not in self.waiting():
+        with self._lock:
+            named_again = key in self._ahead
+        if not named_again:
             agent.clear_ahead(*key)
 
     def prepare(self, coming: Coming, agent: AgentHandle) -> None:

@@ -248,7 +248,22 @@ def test_what_does_not_come_is_let_go_with_its_files(tmp_path: Path) -> None:
     assert ahead.nursery.expect([]) == []
     until(lambda: not psutil.pid_exists(child.pid))
     until(lambda: ahead.made.agent.cleared == [(JOB, 1)])
-    assert ahead.nursery.waiting() == frozenset()
+    until(lambda: ahead.nursery.waiting() == frozenset())
+
+
+def test_what_is_let_go_is_no_stray_while_it_lives(tmp_path: Path) -> None:
+    """Its keeper is held up: the process lives on, and nobody was granted it."""
+    ahead = Ahead(world(tmp_path))
+    child = ahead.wait_for_child()
+    keeper = psutil.Process(child.ppid())
+    keeper.suspend()
+    try:
+        ahead.nursery.expect([])
+        assert (JOB, 1) in running_attempts() and (JOB, 1) in ahead.nursery.waiting()
+    finally:
+        keeper.resume()
+    until(lambda: (JOB, 1) not in running_attempts())
+    until(lambda: ahead.nursery.waiting() == frozenset())
 
 
 def test_what_was_granted_after_it_was_let_go_keeps_its_files(tmp_path: Path) -> None:
@@ -275,8 +290,8 @@ def test_what_is_named_late_or_again_changes_nothing(tmp_path: Path) -> None:
     assert early_children() == [child]
     ahead.nursery.expect([])
     ahead.nursery.prepare(coming, made.agent)
-    assert ahead.nursery.waiting() == frozenset()
     until(lambda: not psutil.pid_exists(child.pid))
+    until(lambda: ahead.nursery.waiting() == frozenset())
 
 
 @pytest.mark.parametrize(("limit", "value"), [("CHILD_GB", 0.0), ("WAITING_S", -1)])
