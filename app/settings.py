@@ -120,6 +120,8 @@ class TrainingSettings(BaseModel):
     max_nodes: int = Field(1, ge=1)
     """Of one training (`resource_config.num_nodes`). The sandboxes of one that spans nodes share their network, and with it the
     ports that the cluster has there: more than 1 only where that is walled in, or tenants are trusted."""
+    stage_base_models: list[str] = []
+    """Names of base models that every node keeps on its disk, also before a job needs them there; `*`: all of them."""
     start_early: bool = True
     """The node's agent starts a training process as soon as its job has slots, or still waits for them (`scheduler.ahead`); else
     Ray's worker does, when it is there, and nodes prepare nothing for jobs that wait."""

@@ -78,7 +78,14 @@ def scheduler_parts() -> SchedulerParts:
     times = settings.scheduler
     store = SqlSchedulerStore(database(settings, size=3), times.max_fruitless_attempts)
     launcher = RayDriverLauncher(driver_parts)
-    return SchedulerParts(store, launcher, scheduler_settings(times), partial(upcoming, driver_parts()))
+    staged = settings.training.stage_base_models
+    return SchedulerParts(
+        store,
+        launcher,
+        scheduler_settings(times),
+        partial(upcoming, driver_parts()),
+        partial(store.base_models, staged) if staged else None,
+    )
 
 
 def upcoming(parts: DriverParts, attempt: Attempt, node: Node) -> Coming:

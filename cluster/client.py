@@ -38,6 +38,7 @@ QUESTIONS = 32
 REPORT_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 15.0
 CHECK_TIMEOUT_S = 600.0
+STAGE_TIMEOUT_S = 3600.0
 
 SchedulerWiring = Callable[[], SchedulerParts]
 AgentWiring = Callable[[], AgentParts]
@@ -161,6 +162,9 @@ class RayNodes:
     def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
         unknown: Sequence[Attempt] = ask(node_agent(node).expect.remote(attempts), REPORT_TIMEOUT_S)
         return unknown
+
+    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
+        ask(node_agent(node).stage_model.remote(prefix, sha256), STAGE_TIMEOUT_S)
 
     def prepare_ahead(self, node: str, coming: Any) -> None:
         ask(node_agent(node).prepare_ahead.remote(coming), REPORT_TIMEOUT_S)

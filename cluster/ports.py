@@ -166,6 +166,10 @@ class Nodes(Protocol):
         """As `Children.expect`. Raises `Unavailable`."""
         ...
 
+    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
+        """Once it is there, which may take minutes. Raises `HeliostatError`."""
+        ...
+
     def prepare_ahead(self, node: str, coming: Any) -> None:
         """Raises `Unavailable`."""
         ...
@@ -279,14 +283,23 @@ class SchedulerSettings:
 
 
 @dataclass(frozen=True)
+class StagedModel:
+    """A base model as nodes keep it. `prefix`: of `cluster.storage`."""
+
+    prefix: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class SchedulerParts:
     """`upcoming`: what a node is told of an attempt that a waiting job may begin there; raises `HeliostatError`, also when the
-    job has begun it by now. None: nothing."""
+    job has begun it by now. None: nothing. `base_models`: those that every node shall have; None: those of its jobs alone."""
 
     store: SchedulerStore
     launcher: DriverLauncher
     settings: SchedulerSettings = field(default_factory=SchedulerSettings)
     upcoming: Callable[[Attempt, Node], Any] | None = None
+    base_models: Callable[[], Sequence[StagedModel]] | None = None
 
 
 @dataclass(frozen=True)

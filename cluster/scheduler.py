@@ -20,6 +20,7 @@ from cluster.facts import Facts
 from cluster.hints import Hints
 from cluster.inbox import Inbox
 from cluster.ports import Attempt, Nodes, SchedulerParts
+from cluster.prestage import Prestage
 from cluster.reconcile import Reconciler
 from cluster.watch import Unwatched, Watch
 
@@ -78,6 +79,7 @@ class Scheduler:
         self._state = ClusterState(settings.policy)
         self._reconciler = Reconciler(self._parts, self._nodes, self._facts, self._asking, self._clock)
         self._hints = Hints(self._parts, self._nodes, self._asking)
+        self._prestage = Prestage(self._parts, self._nodes, self._asking)
         self._away = True
         self._poll_at = 0.0
         self._epoch = self._parts.store.take_epoch()
@@ -150,6 +152,7 @@ class Scheduler:
         changed |= self._carry_out(decisions)
         if poll:
             self._hints.tell(self._state.facts, self._facts.active(), changed)
+            self._prestage.tell(self._state.facts.pools.nodes.values())
         self._rounds += 1
         self._count()
         self._inbox.remember(changed)

@@ -273,6 +273,11 @@ class FakeNodes:
         self.expected[node] = list(attempts)
         return unknown
 
+    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
+        if node in self.silent:
+            raise Unavailable(f"node {node} does not answer")
+        self.nodes[node] = replace(self.nodes[node], models=self.nodes[node].models | {sha256})
+
     def prepare_ahead(self, node: str, coming: object) -> None:
         self.prepared.append((node, coming))
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.db.listen import JOBS, Listener
-from app.db.models import Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
+from app.db.models import BaseModel, Checkpoint, Control, Job, Lease, LeaseSlot, Node, Step
 from app.db.scheduler_rows import one_of, read_rows
 from app.db.scheduler_writes import order_many, release_many, start_many
 from app.db.session import Database
@@ -21,7 +21,7 @@ from app.db.transitions import Change, transition
 from cluster.core.events import Grant, Resume, Yield
 from cluster.core.job import ACTIVE, JobState, Wish
 from cluster.errors import Fenced
-from cluster.ports import Attempt, NodeReport, Rows
+from cluster.ports import Attempt, NodeReport, Rows, StagedModel
 
 EPOCH = "scheduler_epoch"
 EVERYTHING = "*"
@@ -74,6 +74,14 @@ class SqlSchedulerStore:
     def rows(self, ids: Collection[str] | None = None, shares: bool = True) -> Rows:
         with self._database.snapshot() as session:
             return read_rows(session, ids, shares)
+
+    def base_models(self, names: Sequence[str]) -> list[StagedModel]:
+        """Those of the names that are ready; `*`: all that are."""
+        found = select(BaseModel.prefix, BaseModel.sha256).where(BaseModel.status == "ready").order_by(BaseModel.name)
+        if "*" not in names:
+            found = found.where(BaseModel.name.in_(names))
+        with self._database.platform() as session:
+            return [StagedModel(prefix, sha256) for prefix, sha256 in session.execute(found) if prefix and sha256]
 
     def grant(self, epoch: int, grants: Sequence[Grant], ttl_s: float) -> Mapping[str, int]:
         """One whose slots are held does not keep the others from theirs."""

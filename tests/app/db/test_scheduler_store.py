@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from builders_db import core_job, grant, granted_job, make_node, make_tenant, queued_job
+from builders_db import core_job, grant, granted_job, make_base_model, make_node, make_tenant, queued_job
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select, text, update
@@ -308,3 +308,13 @@ def test_a_tenants_slot_limit_reaches_the_scheduler(database: Database, store: S
     shares = store.rows().shares
     assert shares is not None
     assert shares.tenants == {"bounded": TenantShare("bounded", max_slots=3)}
+
+
+def test_base_models_for_every_node_are_those_that_are_ready(database: Database) -> None:
+    with database.platform() as session:
+        for name, status in (("one", "ready"), ("two", "ready"), ("three", "preparing")):
+            make_base_model(session, name, status=status, sha256=name[0] * 64)
+    store = SqlSchedulerStore(database)
+    assert [model.prefix for model in store.base_models(["two", "three", "never"])] == ["base-models/two"]
+    assert {"base-models/one", "base-models/two"} <= {model.prefix for model in store.base_models(["*"])}
+    assert "base-models/three" not in {model.prefix for model in store.base_models(["*"])}
