@@ -24,9 +24,9 @@ class Engine(Protocol):
         """`loss`: this rank's part of the global batch's mean. `last`: of this step."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Clips, updates, clears; the gradient's norm before clipping. A norm that is not finite may leave the weights as
-        they are or not: the run has failed."""
+    def step(self, lr: float) -> torch.Tensor | float:
+        """Clips, updates, clears; the gradient's norm before clipping, on the device, which may still be at it. A norm that is not
+        finite may leave the weights as they are or not: the run has failed."""
         ...
 
     def state(self) -> Iterator[Named]:
@@ -75,7 +75,7 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         for one in self._trained:
             if one.copied:
                 gradient, one.parameter.grad = one.parameter.grad, None
@@ -83,9 +83,9 @@ class PlainEngine:
         if self._world.size > 1:
             _add_up(self._masters, self._world.device)
         norm = torch.nn.utils.clip_grad_norm_(self._masters, self._max_norm)
-        if torch.isfinite(norm):
+        if norm.device.type != "cpu" or torch.isfinite(norm):  # an accelerator would have to be waited for
             self._update(lr)
-        return float(norm)
+        return norm
 
     def _update(self, lr: float) -> None:
         for group in self._optimizer.param_groups:

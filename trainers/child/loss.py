@@ -80,15 +80,13 @@ class SummedLoss(torch.nn.Module):
         if not piece.rows:
             return losses.new_zeros(rows) + losses
         return losses.new_zeros(rows).index_add(
-            0, torch.tensor(piece.rows, dtype=torch.long, device=losses.device), losses
+            0, sent(torch.tensor(piece.rows, dtype=torch.long), losses.device), losses
         )
 
     def _token_losses(self, piece: Piece) -> torch.Tensor:
         """[loss tokens] fp32, in the piece's order."""
         device = self._base().device
-        sources, targets = (
-            torch.tensor(one, dtype=torch.long, device=device) for one in (piece.sources, piece.targets)
-        )
+        sources, targets = (sent(torch.tensor(one, dtype=torch.long), device) for one in (piece.sources, piece.targets))
         if self.splits:
             hidden, head = self._hidden(piece), self._base().get_output_embeddings()
             if piece.sources:
@@ -118,23 +116,28 @@ class SummedLoss(torch.nn.Module):
 
     def _inputs(self, piece: Piece) -> "dict[str, Any]":
         base = self._base()
-        inputs = {"input_ids": torch.tensor(piece.ids, device=base.device), "use_cache": False}
+        inputs = {"input_ids": sent(torch.tensor(piece.ids), base.device), "use_cache": False}
         if piece.parents is not None:
             inputs["attention_mask"] = self._mask(piece, piece.parents)
-            inputs["position_ids"] = torch.tensor([piece.positions], device=base.device)
+            inputs["position_ids"] = sent(torch.tensor([piece.positions]), base.device)
         return inputs
 
     def _mask(self, piece: Piece, parents: Sequence[int]) -> torch.Tensor:
         base = self._base()
         if self.by_rows and piece.paths and piece.spread < 1.0:
             return row_attention.places_of(piece.paths, base.device)
-        mask = torch.from_numpy(visible(parents)).to(base.device)
+        mask = sent(torch.from_numpy(visible(parents)), base.device)
         hidden = torch.zeros(mask.shape, dtype=base.dtype, device=base.device)
         return hidden.masked_fill_(~mask, torch.finfo(base.dtype).min)[None, None]
 
     def _base(self) -> Any:
         """The causal model itself; LoRA's layers live inside it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To where the model is. From pinned memory: else the copy would wait for all that the accelerator has yet to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _alike(wanted: torch.Tensor, found: Optional[torch.Tensor]) -> bool:

@@ -36,7 +36,8 @@ class Trainer(Protocol):
     def micro(self) -> MicroBatch: ...
 
     def step(self, step: int) -> Fields:
-        """{loss, lr, grad_norm, tokens} and what else it measured. Raises TrainFailure."""
+        """{loss, lr, grad_norm, tokens} and what else it measured: numbers, or tensors that the device is still at. Raises
+        TrainFailure."""
         ...
 
 
@@ -81,6 +82,15 @@ class DataFacts:
     dropped: int = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """One that was computed, or is being computed by the device; `began` by this process's clock."""
+
+    number: int
+    measured: Fields
+    began: float
+
+
 @dataclass
 class Session:
     """`evaluate`: the fields of an `evaluated` message, but for step and when; None: there is nothing to evaluate on."""
@@ -92,6 +102,8 @@ class Session:
     evaluate: Callable[[], Fields] | None
     position: Position = field(default_factory=Position)
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+    _untold: Step | None = None
+    _told_at: float = 0.0
     _writing: Future[None] | None = None
     """The checkpoint that is on its way to the disk while the training goes on."""
 
@@ -115,6 +127,8 @@ class Session:
         try:
             self._run(trainer, facts)
         finally:  # a run that fails keeps the checkpoint that it was writing
+            with contextlib.suppress(OSError, RuntimeError, SafetensorError, TrainFailure):
+                self._tell()
             with contextlib.suppress(OSError, RuntimeError, SafetensorError):
                 self._settle()
 
@@ -140,16 +154,31 @@ class Session:
         self._finish()
 
     def _advance(self, trainer: Trainer) -> None:
-        began, step, control = time.monotonic(), self.position.step + 1, self.place.control
+        began, step = time.monotonic(), self.position.step + 1
         done = self._train(trainer, step)
         self.place.memory.check()
-        metrics = {**self.position.metrics, "train_loss": done["loss"]}
-        self.position = replace(self.position, step=step, metrics=metrics)
-        control.step = step
-        self.store.journal.add("step", step, done)
-        control.emit("step", step=step, epoch=self.plan.epoch(step), **done, seconds=time.monotonic() - began)
+        self._tell()
+        self._untold = Step(step, done, began)
+        if not runs_ahead(self.place.world):
+            self._tell()
+        self.position = replace(self.position, step=step)
+        self.place.control.step = step
         if self._writing is not None and self._writing.done():
             self._settle()
+
+    def _tell(self) -> None:
+        """Of the last step. An accelerator has the next one to do by then: nobody waits for it, and it waits for nobody."""
+        if self._untold is None:
+            return
+        step, self._untold = self._untold, None
+        done = {key: float(value) if torch.is_tensor(value) else value for key, value in step.measured.items()}
+        require_finite("loss", done["loss"], step.number)
+        require_finite("gradient", done["grad_norm"], step.number)
+        self.position = replace(self.position, metrics={**self.position.metrics, "train_loss": done["loss"]})
+        self.store.journal.add("step", step.number, done)
+        began, self._told_at = max(step.began, self._told_at), time.monotonic()
+        seconds = self._told_at - began
+        self.place.control.emit("step", step=step.number, epoch=self.plan.epoch(step.number), **done, seconds=seconds)
 
     def _train(self, trainer: Trainer, step: int) -> Fields:
         """Again with half the micro-batch where the memory was too small; several ranks could not agree on that."""
@@ -168,6 +197,7 @@ class Session:
 
     def _save(self) -> None:
         """One at a time: the disk sets the pace, and the system keeps one snapshot."""
+        self._tell()
         self._settle()
         finish = self.store.write(self.position, self.loaded.model, self.engine)
         if finish is not None:
@@ -237,6 +267,7 @@ class Session:
         return hyper.eval_steps or once_an_epoch
 
     def _evaluate(self, when: str) -> None:
+        self._tell()
         if self.evaluate is None:
             return
         with self.place.control.during("evaluating"):
@@ -306,14 +337,17 @@ def warn(control: Control, message: str) -> None:
     control.emit("log", level="warning", message=message)
 
 
-def update(engine: Engine, lr: float, step: int) -> float:
-    """The gradient's norm. Raises TrainFailure, also when memory runs out: half an update cannot be taken back."""
+def runs_ahead(world: World) -> bool:
+    """Whether the device computes while this process goes on."""
+    return world.device != "cpu"
+
+
+def update(engine: Engine, lr: float) -> torch.Tensor | float:
+    """The gradient's norm. Raises TrainFailure when memory runs out: half an update cannot be taken back."""
     try:
-        norm = engine.step(lr)
+        return engine.step(lr)
     except (RuntimeError, MemoryError) as error:
         raise describe(error) from error
-    require_finite("gradient", norm, step)
-    return norm
 
 
 def require_finite(what: str, value: float, step: int) -> None:

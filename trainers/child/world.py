@@ -32,6 +32,16 @@ class World:
         dist.all_reduce(tensor, group=self.group)
         return [float(value) for value in tensor]
 
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Summed over all ranks; on an accelerator nobody waits for it."""
+        if self.group is None:
+            return value
+        if self.device == "cpu":
+            return torch.tensor(self.sum(float(value))[0], dtype=torch.float64)
+        summed = value.double()
+        dist.all_reduce(summed)
+        return summed
+
     def from_first(self, value: int) -> int:
         """Rank 0's value."""
         if self.group is None:

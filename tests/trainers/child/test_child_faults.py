@@ -18,6 +18,7 @@ from builders_child import Child, Recorder, make_config, numbers, tree_of
 from builders_methods import checkpoint_of, train
 from waiting import until
 
+from trainers.child import session
 from trainers.child.checkpoint import STATE_FILE, Store
 from trainers.child.engine import PlainEngine
 from trainers.child.failure import describe
@@ -121,9 +122,12 @@ def broken_at(step: int, breaks: Callable[[PlainEngine], None], monkeypatch: pyt
     monkeypatch.setattr(PlainEngine, "step", tampered)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
-    tiny_llama: Path, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
+    """`ahead`: as on an accelerator, where a step's numbers are read when the next one is under way."""
+    monkeypatch.setattr(session, "runs_ahead", lambda world: ahead)
     config = make_config(tiny_llama, capitals, tmp_path / "1")
     undisturbed = train(config)
 
@@ -135,7 +139,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
     with monkeypatch.context() as patched:
         broken_at(4, flip, patched)
         failure, wire = failed(replace(config, output_dir=str(tmp_path / "2")))
-    assert (failure["code"], failure["fixable_by"], failure["step"]) == ("loss_not_finite", "user", 3)
+    assert (failure["code"], failure["fixable_by"], failure["step"]) == ("loss_not_finite", "user", 4 if ahead else 3)
     last = whole(tmp_path / "2")[-1]
     assert last.name == "step-00000003" == Path(wire.of("checkpoint")[-1]["path"]).name
     resumed = train(replace(config, output_dir=str(tmp_path / "3"), resume_from=str(last)))

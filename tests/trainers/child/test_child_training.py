@@ -14,6 +14,7 @@ from builders_child import Recorder, make_config, numbers
 from builders_llama import capital_rows, make_tiny_llama, write_rows
 from safetensors.torch import load_file, save_file
 
+from trainers.child import session
 from trainers.child.failure import TrainFailure
 from trainers.child.rank import run_rank
 from trainers.config import TrainConfig
@@ -225,3 +226,22 @@ def test_a_run_keeps_the_precision_that_it_began_with(tiny_llama: Path, capitals
     resume_from = checkpoint_of(train(config), 1)
     later = train(replace(config, output_dir=str(tmp_path / "2"), precision="auto", resume_from=resume_from))
     assert later.of("ready")[0]["precision"] == "fp32"
+
+
+def test_a_device_that_is_a_step_behind_tells_the_same(
+    tiny_llama: Path, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: what checkpoints and evaluations say comes after the steps that they follow."""
+
+    def told(name: str) -> list[tuple[Any, ...]]:
+        config = make_config(
+            tiny_llama, capitals, tmp_path / name, validation_file=str(capitals), eval_steps=3, checkpoint_every_s=1e9
+        )
+        wire = Recorder()
+        run_rank(config, 0, 1, wire)
+        names = ("step", "checkpoint", "evaluated", "finished")
+        return [(one["type"], one["step"], one.get("loss")) for one in wire.messages if one["type"] in names]
+
+    at_once = told("at-once")
+    monkeypatch.setattr(session, "runs_ahead", lambda world: True)
+    assert told("ahead") == at_once and len(at_once) > 8

@@ -19,7 +19,7 @@ from trainers.child.optimizer import Named, Saved
 from trainers.child.packing import PACKED_TOKENS
 from trainers.child.preference import Margins, Pair, Pairs, encode_pairs, flat, margins
 from trainers.child.rows import read_data
-from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, require_finite, update
+from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -139,9 +139,8 @@ class _Trainer:
             self.engine.backward(part, last=number == len(pieces))
             sums = _added(sums, float(part.detach()), *found.measures())
         mean, right, margin = world.sum(*sums)
-        require_finite("loss", mean, step)
         lr = self.plan.lr(step)
-        norm = update(self.engine, lr, step)
+        norm = update(self.engine, lr)
         measured = {"reward_accuracy": right / len(batch), "reward_margin": margin / len(batch)}
         tokens = sum(self.pairs[row].tokens for row in batch)
         return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, **measured}

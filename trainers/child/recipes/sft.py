@@ -17,7 +17,7 @@ from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
 from trainers.child.packing import packs
 from trainers.child.rows import read_data
-from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, require_finite, update, warn
+from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update, warn
 from trainers.child.token_cache import TokenCache
 from trainers.child.world import World
 from trainers.config import TrainConfig
@@ -85,9 +85,8 @@ class _Trainer:
             part = self.loss(piece) / loss_tokens
             self.engine.backward(part, last=number == len(pieces))
             total += part.detach()
-        mean = self.world.sum(float(total))[0]
-        require_finite("loss", mean, step)
-        norm = update(self.engine, lr, step)
+        mean = self.world.total(total)
+        norm = update(self.engine, lr)
         tokens = sum(len(self.examples[row].ids) for row in batch)
         return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
