@@ -150,12 +150,14 @@ def _link(part: Manifest, source: Source, target: Path) -> None:
         _check(answer, status)
 
 
-def _shares(folders: Folders) -> Iterator[Folders]:
-    """One for each core; neighbours together, because two processes in one folder wait for each other."""
-    names = sorted(folders)
-    size = max(1, -(-len(names) // (os.cpu_count() or 1)))
-    for first in range(0, len(names), size):
-        yield {name: folders[name] for name in names[first : first + size]}
+def _shares(folders: Folders) -> list[Folders]:
+    """One for each core, of as many files; neighbours together, because two processes in one folder wait for each other."""
+    shares: list[Folders] = [{} for _ in range(os.cpu_count() or 1)]
+    files, dealt = sum(map(len, folders.values())), 0
+    for name in sorted(folders):
+        shares[dealt * len(shares) // files][name] = folders[name]
+        dealt += len(folders[name])
+    return [share for share in shares if share]
 
 
 def _start(question: dict[str, Any], lock_fd: int) -> subprocess.Popen[bytes]:
