@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import orjson
 
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
-from runtime_envs.conda.clone import PYTHON, NotAlike, nearest, read_source
+from runtime_envs.conda.clone import PYTHON, NotAlike, Source, nearest, read_source
 from runtime_envs.conda.engine import Engine
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
 from runtime_envs.conda.manifest import Manifest, describe, names_in
@@ -144,7 +144,8 @@ class CondaEnvironments:
         """The prefix and its manifest. What the installer links comes before most of what is cloned: it would write into files
         that are shared. Raises NotAlike, OSError, EnvironmentProblem."""
         self._clear(site)
-        source, taken = None, Manifest({}, {})
+        source: Source | None = None
+        taken = Manifest({}, {})
         if like:
             with site.watch.stage("clone"):
                 source = read_source(like, self._byte_code(site), site.lock, site.lock_fd)
@@ -158,25 +159,24 @@ class CondaEnvironments:
         kept = source.packages if source else {}
         if others := [package.name for package in site.lock.conda if package.name not in kept]:
             self._install(site, engine, [PYTHON, *others])
-        if source:
-            with site.watch.stage("clone"):
-                taken |= source.put(kept.keys() - {PYTHON}, site.prefix)
-        self._seal(site, kept, taken)
-
-    def _seal(self, site: _Site, kept: Mapping[str, Linked], taken: Manifest) -> None:
-        """Byte code and manifest. `kept`: cloned packages by name; `taken`: their part of the manifest."""
-        packages = read_prefix(site.prefix, kept.values())
+        own = [package for package in read_prefix(site.prefix, kept.values()) if package.name not in kept]
+        packages = [*own, *kept.values()]
         _check_interpreter(site, packages, taken)
-        own = [package for package in packages if package.name not in kept]
         with site.watch.stage("byte_code"):
             hashes = self._compile(site, packages, own)
+        with self._cloning(site, source) as rest, site.watch.stage("manifest"):
+            described = _describe(site, own, hashes, taken | rest)
         with site.watch.stage("manifest"):
-            known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | hashes
-            for package in own:
-                forget_prefix(site.prefix, package)
-            (site.prefix / META / "history").touch()
-            (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
-            write_durably(site.home / MANIFEST, packed(orjson.dumps(_manifest(site, own, known, taken))))
+            write_durably(site.home / MANIFEST, packed(orjson.dumps(described | taken | rest)))
+
+    @contextmanager
+    def _cloning(self, site: _Site, source: Source | None) -> Iterator[Manifest]:
+        """What is left, by processes of its own while the body runs: which makes no folders, `cp` would stumble over theirs."""
+        if source is None:
+            yield Manifest({}, {})
+            return
+        with site.watch.stage("clone"), source.putting(source.packages.keys() - {PYTHON}, site.prefix) as part:
+            yield part
 
     def _clear(self, site: _Site) -> None:
         if site.home.exists():  # somebody was killed while building it
@@ -240,14 +240,19 @@ def _check_interpreter(site: _Site, packages: Sequence[Linked], taken: Manifest)
         )  # fmt: skip
 
 
-def _manifest(site: _Site, own: Sequence[Linked], known: Mapping[str, str], taken: Manifest) -> Manifest:
-    """Of what was cloned it is known; only pip brings files that nobody has listed."""
+def _describe(site: _Site, own: Sequence[Linked], byte_code: Hashes, taken: Manifest) -> Manifest:
+    """All but `taken`, what is cloned; only pip brings files that nobody has listed."""
+    known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | byte_code
+    for package in own:
+        forget_prefix(site.prefix, package)
+    (site.prefix / META / "history").touch()
+    (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
     if site.lock.pip:
         names = set(names_in(site.prefix)) - taken.files.keys() - taken.links.keys()
     else:
         names = {name for package in own for name in package.names} | known.keys() | set(_installers(site.prefix))
         names -= taken.files.keys()
-    return describe(site.prefix, names, known) | taken
+    return describe(site.prefix, names, known)
 
 
 def _installers(prefix: Path) -> Iterator[str]:
