@@ -171,7 +171,7 @@ class CondaEnvironments:
 
     @contextmanager
     def _cloning(self, site: _Site, source: Source | None) -> Iterator[Manifest]:
-        """What is left, by processes of its own while the body runs: which makes no folders, `cp` would stumble over theirs."""
+        """Links what is left while the body runs. Not beside byte code: `cp` stumbles over a folder that another makes first."""
         if source is None:
             yield Manifest({}, {})
             return
