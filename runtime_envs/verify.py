@@ -7,18 +7,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from runtime_envs.check_process import GZIP, PARTS
 
 READY = "READY"
 MANIFEST = "manifest.json.gz"
 PREFIX = "prefix"
 CHUNK_BYTES = 1024 * 1024
-CHUNK_FILES = 256
-GZIP = 16 + zlib.MAX_WBITS
+PROCESS = Path(__file__).with_name("check_process.py")
+FILES_A_PROCESS = 1000
+"""Fewer are not worth another one."""
 
 
 def is_ready(home: Path) -> bool:
@@ -30,8 +35,8 @@ def build_manifest(prefix: Path) -> dict[str, Any]:
     """`files`: path → [size, mtime_ns, sha256]; `links`: path → target. Paths from the prefix."""
     files: dict[str, list[Any]] = {}
     links: dict[str, str] = {}
-    for path in walk(prefix):
-        name = path.relative_to(prefix).as_posix()
+    for name in names_in(prefix):
+        path = prefix / name
         if path.is_symlink():
             links[name] = str(path.readlink())
         else:
@@ -42,9 +47,16 @@ def build_manifest(prefix: Path) -> dict[str, Any]:
 
 def walk(folder: Path) -> Iterator[Path]:
     """Every file and symbolic link; links to folders are not followed."""
+    yield from (folder / name for name in names_in(folder))
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Of every file and symbolic link, from `folder`."""
+    start = len(str(folder)) + 1
     for parent, folders, names in os.walk(folder):
-        yield from (Path(parent, name) for name in sorted(names))
-        yield from (Path(parent, name) for name in sorted(folders) if Path(parent, name).is_symlink())
+        below = f"{parent[start:]}/" if len(parent) > start else ""
+        yield from (below + name for name in sorted(names))
+        yield from (below + name for name in sorted(folders) if os.path.islink(f"{parent}/{name}"))  # noqa: PTH114
 
 
 def quick_verify(home: Path) -> list[str]:
@@ -59,16 +71,40 @@ def quick_verify(home: Path) -> list[str]:
 
 def full_verify(home: Path) -> list[str]:
     """Files whose contents are not the manifest's, and files that it does not know (but for byte code, which Python may
-    write when it runs with the right to)."""
-    manifest = _manifest(home)
-    if manifest is None:
-        return [MANIFEST]
+    write when it runs with the right to). Raises CalledProcessError when a process that hashes was ended."""
     prefix = home / PREFIX
-    files = manifest["files"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        others = pool.map(lambda name: _other_contents(prefix / name, files[name]), files, chunksize=CHUNK_FILES)
-        damaged = [name for name, other in zip(files, others, strict=True) if other]
-    return sorted({*damaged, *_changed_links(prefix, manifest["links"]), *_unknown(prefix, manifest)})
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context((home / MANIFEST).open("rb"))
+            manifest = _parsed(file.read())
+        except (OSError, ValueError):
+            return [MANIFEST]
+        started = _start_hashing(stack, prefix, file.fileno(), len(manifest["files"]))
+        others = [*_changed_links(prefix, manifest["links"]), *_unknown(prefix, manifest)]
+        damaged = {name for process in started for name in _answer(process)}
+    return sorted({*damaged, *others})
+
+
+def _start_hashing(stack: ExitStack, prefix: Path, manifest: int, files: int) -> list[subprocess.Popen[bytes]]:
+    """Each takes the next part when it is done with one: on a busy machine they are not equally fast."""
+    parts, writer = os.pipe()
+    stack.callback(os.close, parts)
+    os.write(writer, bytes(range(PARTS)))
+    os.close(writer)
+    count = max(1, min(os.cpu_count() or 1, files // FILES_A_PROCESS))
+    command = [sys.executable, "-I", "-S", str(PROCESS), str(prefix), str(manifest), str(parts)]
+    return [
+        stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=(manifest, parts)))
+        for _ in range(count)
+    ]
+
+
+def _answer(process: subprocess.Popen[bytes]) -> list[str]:
+    answer, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    damaged: list[str] = json.loads(answer)
+    return damaged
 
 
 def packed(manifest: bytes) -> bytes:
@@ -79,18 +115,27 @@ def packed(manifest: bytes) -> bytes:
 
 def read_manifest(home: Path) -> bytes:
     """Its JSON. Raises OSError, and ValueError when it is not whole."""
-    try:
-        return zlib.decompress((home / MANIFEST).read_bytes(), wbits=GZIP)
-    except zlib.error as error:
-        raise ValueError(f"{home / MANIFEST}: {error}") from error
+    return _unpacked((home / MANIFEST).read_bytes())
 
 
 def _manifest(home: Path) -> dict[str, Any] | None:
     try:
-        manifest: dict[str, Any] = json.loads(read_manifest(home))
+        return _parsed((home / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def _parsed(packed: bytes) -> dict[str, Any]:
+    """Raises ValueError."""
+    manifest: dict[str, Any] = json.loads(_unpacked(packed))
     return manifest
+
+
+def _unpacked(packed: bytes) -> bytes:
+    try:
+        return zlib.decompress(packed, wbits=GZIP)
+    except zlib.error as error:
+        raise ValueError(f"the manifest cannot be unpacked: {error}") from error
 
 
 def _changed(path: str, entry: list[Any]) -> bool:
@@ -99,13 +144,6 @@ def _changed(path: str, entry: list[Any]) -> bool:
     except OSError:
         return True
     return status.st_mtime_ns != entry[1] or status.st_size != entry[0]
-
-
-def _other_contents(path: Path, entry: list[Any]) -> bool:
-    try:
-        return path.is_symlink() or path.stat().st_size != entry[0] or sha256_of(path) != entry[2]
-    except OSError:
-        return True
 
 
 def _changed_links(prefix: Path, links: dict[str, str]) -> list[str]:
@@ -120,9 +158,8 @@ def _target(path: Path) -> str | None:
 
 
 def _unknown(prefix: Path, manifest: dict[str, Any]) -> list[str]:
-    names = (path.relative_to(prefix).as_posix() for path in walk(prefix))
-    known = manifest["files"].keys() | manifest["links"].keys()
-    return [name for name in names if name not in known and not name.endswith(".pyc")]
+    files, links = manifest["files"], manifest["links"]
+    return [name for name in names_in(prefix) if name not in files and name not in links and not name.endswith(".pyc")]
 
 
 def sha256_of(path: Path) -> str:

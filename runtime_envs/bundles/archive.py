@@ -17,6 +17,7 @@ from typing import IO, Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from runtime_envs.bundles.gunzip import Gunzip
 from runtime_envs.bundles.signing import Signature, SigningKey, Trust
 from runtime_envs.errors import BUNDLE_INVALID, EnvironmentProblem
 
@@ -27,7 +28,10 @@ NAME = re.compile(
     r"|wheels/[A-Za-z0-9_][A-Za-z0-9._+!-]{0,150}\.whl)"
 )
 BLOCK_BYTES = 512
-CHUNK_BYTES = 1024 * 1024
+PARTS = 2
+"""As gzip: what is compressed, and what is stored."""
+CHUNK_BYTES = 256 * 1024
+"""Unpacked, hashed and written while it lies in a core's cache."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -126,9 +130,9 @@ def read_archive(source: IO[bytes], folder: Path, trust: Trust, limits: Limits |
     packed_bytes = source.seek(0, io.SEEK_END)
     source.seek(0)
     try:
-        with gzip.open(source) as stream:
-            return _read(_Members(stream), folder, trust, (limits or Limits(), packed_bytes))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        stream = io.BufferedReader(Gunzip(source, PARTS), CHUNK_BYTES)
+        return _read(_Members(stream), folder, trust, (limits or Limits(), packed_bytes))
+    except (EOFError, zlib.error) as error:
         raise refused(f"it cannot be unpacked ({error})") from None
 
 
@@ -174,7 +178,7 @@ class _Members:
     """The members of a tar stream, one after the other. Only the plain header that our writer makes: tarfile's reader would follow
     extended ones, which can ask for any amount of memory."""
 
-    def __init__(self, stream: gzip.GzipFile) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
 
     def small(self, name: str, limit: int) -> bytes:

@@ -52,18 +52,24 @@ class Source:
 
     def put(self, names: Collection[str], prefix: Path) -> Manifest:
         """Links these packages into `prefix`: the part of its manifest. Raises NotAlike, OSError (a path is taken)."""
+        with self.putting(names, prefix) as part:
+            return part
+
+    @contextmanager
+    def putting(self, names: Collection[str], prefix: Path) -> Iterator[Manifest]:
+        """As `put`, while the body runs; until it ends the part lacks what is rewritten, which comes last."""
         packages = [package for name, package in self.packages.items() if name in names]
         shared = [name for package in packages for name in _shared(package, self.byte_code)]
         files, links = self.manifest.files, self.manifest.links
         if unknown := [name for name in shared if name not in files and name not in links]:
             raise NotAlike(unknown[0])
         part = Manifest({n: files[n] for n in shared if n in files}, {n: links[n] for n in shared if n in links})
-        _link(part, self, prefix)
+        with _linking(part, self, prefix):
+            yield part
         for name in (name for package in packages for name in package.rewritten):
             part.files[name] = _write_anew(name, files[name][2], (self.prefix, prefix))
         if PYTHON in names:  # the installer may still come, and must not write into what is shared
             part.files[meta_name(self.packages[PYTHON].filename)] = self._own_meta(prefix)
-        return part
 
     def _own_meta(self, prefix: Path) -> list[Any]:
         name = meta_name(self.packages[PYTHON].filename)
@@ -132,7 +138,8 @@ def _shared(package: Linked, byte_code: Path) -> Iterator[str]:
     yield from orjson.loads(index.read_bytes()) if index.is_file() else ()
 
 
-def _link(part: Manifest, source: Source, target: Path) -> None:
+@contextmanager
+def _linking(part: Manifest, source: Source, target: Path) -> Iterator[None]:
     folders: Folders = defaultdict(dict)
     for name, entry in part.files.items():
         folder, _, base = name.rpartition("/")
@@ -145,17 +152,20 @@ def _link(part: Manifest, source: Source, target: Path) -> None:
         started = [
             stack.enter_context(_start(places | {"folders": share}, source.lock_fd)) for share in _shares(folders)
         ]
+        yield
         answers = [(process.communicate()[0], process.returncode) for process in started]
     for answer, status in answers:
         _check(answer, status)
 
 
-def _shares(folders: Folders) -> Iterator[Folders]:
-    """One for each core; neighbours together, because two processes in one folder wait for each other."""
-    names = sorted(folders)
-    size = max(1, -(-len(names) // (os.cpu_count() or 1)))
-    for first in range(0, len(names), size):
-        yield {name: folders[name] for name in names[first : first + size]}
+def _shares(folders: Folders) -> list[Folders]:
+    """One for each core, of as many files; neighbours together, because two processes in one folder wait for each other."""
+    shares: list[Folders] = [{} for _ in range(os.cpu_count() or 1)]
+    files, dealt = sum(map(len, folders.values())), 0
+    for name in sorted(folders):
+        shares[dealt * len(shares) // files][name] = folders[name]
+        dealt += len(folders[name])
+    return [share for share in shares if share]
 
 
 def _start(question: dict[str, Any], lock_fd: int) -> subprocess.Popen[bytes]:

@@ -36,27 +36,27 @@ def index_channel(folder: Path) -> None:
 def ask(question: dict[str, Any], *, progress: Progress = lambda _: None, keep_fd: int | None = None) -> dict[str, Any]:
     """Blocks for seconds to minutes. `keep_fd` is handed down, so that a lock on it lives as long as the process. Raises
     EnvironmentProblem with one of `CODES`, or `environment_channel_failed`, `environment_build_failed`, `environment_disk_full`."""
-    with _Process(keep_fd) as process:
-        return _result(process, process.ask(question, progress))
+    with Engine(keep_fd) as engine:
+        return engine.ask(question, progress)
 
 
 def ask_again(question: dict[str, Any]) -> dict[str, Any]:
     """As `ask`, of a process that stays for the next question: it knows the channels by then. For what holds no lock."""
-    process = _idle.pop() if _idle else _Process()
-    answer = process.ask(question)
+    engine = _idle.pop() if _idle else Engine()
+    answer = engine.answer(question)
     if answer is None:  # it has ended meanwhile
-        process.close()
-        process = _Process()
-        answer = process.ask(question)
+        engine.close()
+        engine = Engine()
+        answer = engine.answer(question)
     if answer is None or len(_idle) >= IDLE_PROCESSES:
-        with process:
-            return _result(process, answer)
-    _idle.append(process)
-    return _result(process, answer)
+        with engine:
+            return engine.result(answer)
+    _idle.append(engine)
+    return engine.result(answer)
 
 
-class _Process:
-    """Ends with its stdin, so with us too; and by itself when it is not asked for long."""
+class Engine:
+    """The process: it starts while we go on. Ends with its stdin, so with us too; and by itself when it is not asked for long."""
 
     def __init__(self, keep_fd: int | None = None) -> None:
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
@@ -71,7 +71,11 @@ class _Process:
             umask=READABLE_UMASK,
         )
 
-    def ask(self, question: dict[str, Any], progress: Progress = lambda _: None) -> dict[str, Any] | None:
+    def ask(self, question: dict[str, Any], progress: Progress = lambda _: None) -> dict[str, Any]:
+        """Raises as the function `ask`."""
+        return self.result(self.answer(question, progress))
+
+    def answer(self, question: dict[str, Any], progress: Progress = lambda _: None) -> dict[str, Any] | None:
         """Its last line; None when it ended without one, or had to be ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
         killer = threading.Timer(TIMEOUT_S, self._process.kill)
@@ -90,7 +94,16 @@ class _Process:
             killer.cancel()
         return None
 
-    def complaint(self) -> str:
+    def result(self, answer: dict[str, Any] | None) -> dict[str, Any]:
+        """Of an answer. Raises EnvironmentProblem where there is none, or it is an error."""
+        if answer is None:
+            raise _problem("install", self._complaint() or "its process ended without an answer")
+        if "error" in answer:
+            raise _problem(answer["error"]["kind"], answer["error"]["message"])
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _complaint(self) -> str:
         self._stderr.seek(0)
         return self._stderr.read()[-MAX_REASON_CHARS:]
 
@@ -100,29 +113,20 @@ class _Process:
             self._process.__exit__(None, None, None)
         self._stderr.close()
 
-    def __enter__(self) -> _Process:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-_idle: list[_Process] = []
+_idle: list[Engine] = []
 
 
 @atexit.register
 def _close_idle() -> None:
     while _idle:
         _idle.pop().close()
-
-
-def _result(process: _Process, answer: dict[str, Any] | None) -> dict[str, Any]:
-    if answer is None:
-        raise _problem("install", process.complaint() or "its process ended without an answer")
-    if "error" in answer:
-        raise _problem(answer["error"]["kind"], answer["error"]["message"])
-    result: dict[str, Any] = answer["result"]
-    return result
 
 
 def _problem(kind: str, message: str) -> EnvironmentProblem:

@@ -93,6 +93,11 @@ def _read_yaml(text: str) -> Any:
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def _write_yaml(content: Any) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True))
+
+
 def with_pip(pixi: str, packages: list[dict[str, str]]) -> str:
     """rattler's lock with these pip packages ({name, version, sha256, url}) beside the conda ones."""
     if not packages:
@@ -105,7 +110,7 @@ def with_pip(pixi: str, packages: list[dict[str, str]]) -> str:
     content["packages"] += [
         {"pypi": package["url"], **{key: package[key] for key in ("name", "version", "sha256")}} for package in packages
     ]
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return _write_yaml(content)
 
 
 def places_of(pixi: str) -> dict[str, tuple[str, str | None]]:
@@ -129,7 +134,7 @@ def with_places(pixi: str, urls: Mapping[str, str]) -> str:
     for package in content["packages"]:
         if package.get("conda") in urls.values():
             package["subdir"] = package["conda"].rsplit("/", 2)[1]  # of a file rattler does not see it from the place
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return _write_yaml(content)
 
 
 def _move(packages: list[dict[str, Any]], urls: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,8 @@ import orjson
 
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
-from runtime_envs.conda.clone import PYTHON, NotAlike, nearest, read_source
-from runtime_envs.conda.engine import ask
+from runtime_envs.conda.clone import PYTHON, NotAlike, Source, nearest, read_source
+from runtime_envs.conda.engine import Engine
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
 from runtime_envs.conda.manifest import Manifest, describe, names_in
 from runtime_envs.conda.prefix import META, Linked, forget_prefix, read_prefix
@@ -126,52 +126,57 @@ class CondaEnvironments:
         """`like_others`: from the environment here that is most like it, where there is one."""
         with nearest(self._root, site.lock) if like_others else nullcontext() as home:
             try:
-                self._fill(site, home)
+                self._start_and_fill(site, home)
             except (NotAlike, OSError, KeyError, ValueError) as error:
                 if home is None:
                     raise
                 log.warning("%s is made from its packages, not from %s: %r", site.home.name, home.name, error)
-                self._fill(site, None)
+                self._start_and_fill(site, None)
         write_durably(site.home / LOCK, orjson.dumps(lock).decode())
         write_durably(site.home / READY, "")
 
-    def _fill(self, site: _Site, like: Path | None) -> None:
+    def _start_and_fill(self, site: _Site, like: Path | None) -> None:
+        """The installer loads while we clear and clone; nearly always there is something for it."""
+        with Engine(site.lock_fd) as engine:
+            self._fill(site, like, engine)
+
+    def _fill(self, site: _Site, like: Path | None, engine: Engine) -> None:
         """The prefix and its manifest. What the installer links comes before most of what is cloned: it would write into files
         that are shared. Raises NotAlike, OSError, EnvironmentProblem."""
         self._clear(site)
-        source, taken = None, Manifest({}, {})
+        source: Source | None = None
+        taken = Manifest({}, {})
         if like:
             with site.watch.stage("clone"):
                 source = read_source(like, self._byte_code(site), site.lock, site.lock_fd)
                 taken = source.put([PYTHON], site.prefix)
         elif site.lock.pip:
-            self._install(site, [PYTHON])
+            self._install(site, engine, [PYTHON])
         if site.lock.pip:
             with site.watch.stage("pip"):
                 index = index_on(site.home, site.lock, self._index or machine_index())
                 install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
         kept = source.packages if source else {}
         if others := [package.name for package in site.lock.conda if package.name not in kept]:
-            self._install(site, [PYTHON, *others])
-        if source:
-            with site.watch.stage("clone"):
-                taken |= source.put(kept.keys() - {PYTHON}, site.prefix)
-        self._seal(site, kept, taken)
-
-    def _seal(self, site: _Site, kept: Mapping[str, Linked], taken: Manifest) -> None:
-        """Byte code and manifest. `kept`: cloned packages by name; `taken`: their part of the manifest."""
-        packages = read_prefix(site.prefix, kept.values())
+            self._install(site, engine, [PYTHON, *others])
+        own = [package for package in read_prefix(site.prefix, kept.values()) if package.name not in kept]
+        packages = [*own, *kept.values()]
         _check_interpreter(site, packages, taken)
-        own = [package for package in packages if package.name not in kept]
         with site.watch.stage("byte_code"):
             hashes = self._compile(site, packages, own)
+        with self._cloning(site, source) as rest, site.watch.stage("manifest"):
+            described = _describe(site, own, hashes, taken | rest)
         with site.watch.stage("manifest"):
-            known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | hashes
-            for package in own:
-                forget_prefix(site.prefix, package)
-            (site.prefix / META / "history").touch()
-            (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
-            write_durably(site.home / MANIFEST, packed(orjson.dumps(_manifest(site, own, known, taken))))
+            write_durably(site.home / MANIFEST, packed(orjson.dumps(described | taken | rest)))
+
+    @contextmanager
+    def _cloning(self, site: _Site, source: Source | None) -> Iterator[Manifest]:
+        """Links what is left while the body runs. Not beside byte code: `cp` stumbles over a folder that another makes first."""
+        if source is None:
+            yield Manifest({}, {})
+            return
+        with site.watch.stage("clone"), source.putting(source.packages.keys() - {PYTHON}, site.prefix) as part:
+            yield part
 
     def _clear(self, site: _Site) -> None:
         if site.home.exists():  # somebody was killed while building it
@@ -182,7 +187,7 @@ class CondaEnvironments:
         fetch_bundled(site.lock, site.home, self._fetch)
         write_durably(site.home / PIXI_LOCK, pixi_on(site.home, site.lock))
 
-    def _install(self, site: _Site, only: Sequence[str]) -> None:
+    def _install(self, site: _Site, engine: Engine, only: Sequence[str]) -> None:
         """`download` is what it took until the last package was fetched; some are linked before that."""
         started = fetched = time.monotonic()
 
@@ -192,7 +197,7 @@ class CondaEnvironments:
                 fetched = time.monotonic()
 
         question = {"task": "install", "lock": str(site.home / PIXI_LOCK), "prefix": str(site.prefix)}
-        ask(question | {"cache": str(self.packages), "only": list(only)}, progress=note, keep_fd=site.lock_fd)
+        engine.ask(question | {"cache": str(self.packages), "only": list(only)}, note)
         stages = site.watch.stages
         stages["download"] = stages.get("download", 0.0) + fetched - started
         stages["link"] = stages.get("link", 0.0) + time.monotonic() - fetched
@@ -235,14 +240,19 @@ def _check_interpreter(site: _Site, packages: Sequence[Linked], taken: Manifest)
         )  # fmt: skip
 
 
-def _manifest(site: _Site, own: Sequence[Linked], known: Mapping[str, str], taken: Manifest) -> Manifest:
-    """Of what was cloned it is known; only pip brings files that nobody has listed."""
+def _describe(site: _Site, own: Sequence[Linked], byte_code: Hashes, taken: Manifest) -> Manifest:
+    """All but `taken`, what is cloned; only pip brings files that nobody has listed."""
+    known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | byte_code
+    for package in own:
+        forget_prefix(site.prefix, package)
+    (site.prefix / META / "history").touch()
+    (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
     if site.lock.pip:
         names = set(names_in(site.prefix)) - taken.files.keys() - taken.links.keys()
     else:
         names = {name for package in own for name in package.names} | known.keys() | set(_installers(site.prefix))
         names -= taken.files.keys()
-    return describe(site.prefix, names, known) | taken
+    return describe(site.prefix, names, known)
 
 
 def _installers(prefix: Path) -> Iterator[str]:

@@ -204,3 +204,21 @@ def test_what_follows_the_end(bundle: Path, key: SigningKey, tmp_path: Path) -> 
     stream = io.BytesIO(gzip.decompress(bundle.read_bytes()) + b"x" * 512)
     (tmp_path / "more.tar.gz").write_bytes(gzip.compress(stream.read()))
     assert refusal(tmp_path / "more.tar.gz", key).code == BUNDLE_INVALID
+
+
+def test_in_as_many_parts_as_ours(bundle: Path, key: SigningKey, tmp_path: Path) -> None:
+    stream = gzip.decompress(bundle.read_bytes())
+    one, two, three = (tmp_path / f"{number}.tar.gz" for number in range(3))
+    one.write_bytes(gzip.compress(stream))
+    two.write_bytes(gzip.compress(stream[:700]) + gzip.compress(stream[700:]))
+    three.write_bytes(gzip.compress(b"") + two.read_bytes())
+    for number, path in enumerate((one, two)):
+        assert read(path, tmp_path / f"out{number}", trust(key)).signed_by == OWN
+    assert "too many parts" in refusal(three, key).message
+
+
+def test_a_checksum_of_the_packing(bundle: Path, key: SigningKey, tmp_path: Path) -> None:
+    contents = bytearray(bundle.read_bytes())
+    contents[-8] ^= 1
+    (tmp_path / "b.tar.gz").write_bytes(contents)
+    assert "cannot be unpacked" in refusal(tmp_path / "b.tar.gz", key).message

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from runtime_envs.lock import default_lock
 from runtime_envs.materialize import HostEnvironments
-from runtime_envs.verify import full_verify, quick_verify
+from runtime_envs.verify import FILES_A_PROCESS, MANIFEST, PREFIX, build_manifest, full_verify, packed, quick_verify
 
 
 @pytest.fixture
@@ -61,3 +63,65 @@ def test_without_a_manifest(home: Path, text: str | None) -> None:
     if text is not None:
         (home / "manifest.json.gz").write_text(text)
     assert quick_verify(home) == ["manifest.json.gz"] == full_verify(home)
+
+
+def test_each_of_many_files_is_read_whole(tmp_path: Path) -> None:
+    """By several processes, and largest first."""
+    for number in range(2 * FILES_A_PROCESS + 7):
+        _write(tmp_path, f"{number % 30}/{number}", bytes([number % 251]) * (number % 700))
+    _write(tmp_path, "large", os.urandom(3 * 1024 * 1024 + 5))
+    _seal(tmp_path)
+    assert full_verify(tmp_path) == []
+
+    changed = [f"{number % 30}/{number}" for number in (1, 699, 1000, 1500, 2006)]
+    for name in [*changed, "large"]:
+        _flip_last_byte(tmp_path / PREFIX / name)
+    assert quick_verify(tmp_path) == []
+    assert full_verify(tmp_path) == sorted([*changed, "large"])
+
+
+def test_what_is_no_file_any_more(tmp_path: Path) -> None:
+    names = ["a folder", "a pipe", "a short one", "gone", "whole"]
+    for name in names:
+        _write(tmp_path, name, b"" if name == "a pipe" else name.encode())
+    _seal(tmp_path)
+    folder, pipe, short = (tmp_path / PREFIX / name for name in names[:3])
+    folder.unlink()
+    folder.mkdir()
+    pipe.unlink()
+    os.mkfifo(pipe)  # of size 0, as the file was; who opens it waits
+    os.truncate(short, 3)
+    (tmp_path / PREFIX / names[3]).unlink()
+    assert full_verify(tmp_path) == names[:4]
+
+
+def test_a_folder_in_place_of_a_link(tmp_path: Path) -> None:
+    _write(tmp_path, "lib/one", b"one")
+    (tmp_path / PREFIX / "lib64").symlink_to("lib")
+    _seal(tmp_path)
+    assert full_verify(tmp_path) == []
+    (tmp_path / PREFIX / "lib64").unlink()
+    shutil.copytree(tmp_path / PREFIX / "lib", tmp_path / PREFIX / "lib64")
+    assert full_verify(tmp_path) == ["lib64", "lib64/one"]
+
+
+def test_a_check_that_was_cut_short_finds_nothing_whole(tmp_path: Path) -> None:
+    _write(tmp_path, "one", b"one")
+    (tmp_path / MANIFEST).write_bytes(packed(json.dumps({"files": {"one": [3]}, "links": {}}).encode()))
+    with pytest.raises(subprocess.CalledProcessError):
+        full_verify(tmp_path)
+
+
+def _write(home: Path, name: str, contents: bytes) -> None:
+    (home / PREFIX / name).parent.mkdir(parents=True, exist_ok=True)
+    (home / PREFIX / name).write_bytes(contents)
+
+
+def _seal(home: Path) -> None:
+    (home / MANIFEST).write_bytes(packed(json.dumps(build_manifest(home / PREFIX)).encode()))
+
+
+def _flip_last_byte(file: Path) -> None:
+    status, contents = file.stat(), file.read_bytes()
+    file.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
