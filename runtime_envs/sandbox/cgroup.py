@@ -56,7 +56,7 @@ class Group:
     def remove(self) -> None:
         """Kills what is in it. May be repeated. What outlives that stays, for the next sweep."""
         deadline = time.monotonic() + END_S
-        while not all(_removed(Path(folder)) for folder in self.folders):
+        while [folder for folder in self.folders if not _removed(Path(folder))]:
             if time.monotonic() > deadline:
                 return
             time.sleep(LOOK_S)
@@ -160,9 +160,8 @@ def sweep() -> None:
     """Removes the groups of owners that were killed. Those of living ones stay, and those of other process namespaces, where
     numbers mean other processes."""
     plan = here() or Plan()
-    for one in [one for parent in plan.parents for one in Path(parent, OURS).glob("*.*")]:
-        if _is_left_over(one.name):
-            Group(plan.version, (str(one),)).remove()
+    left = [one for parent in plan.parents for one in Path(parent, OURS).glob("*.*") if _is_left_over(one.name)]
+    Group(plan.version, tuple(map(str, left))).remove()
 
 
 def _is_left_over(name: str) -> bool:
