@@ -40,6 +40,7 @@ from app.processes import (
 from app.settings import CONFIG_VARIABLE, Settings, load_settings
 from cluster.errors import Conflict, HeliostatError, Unavailable
 from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.sandbox.cgroup import settle
 from runtime_envs.sandbox.host import needed
 from runtime_envs.sandbox.spec import Isolation
 
@@ -132,6 +133,7 @@ class Supervisor:
                 remove_folder(Path(str(scratch)))
 
     def _start_all(self) -> None:
+        settle()
         check_isolation(self._settings)
         self._settings = resolve(self._settings)
         self._say(phase="database")

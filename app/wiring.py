@@ -34,6 +34,7 @@ from runtime_envs.environments import solve_environment as solve
 from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.fingerprint import identity
 from runtime_envs.lock import Solved
+from runtime_envs.sandbox.cgroup import sweep
 from runtime_envs.sandbox.spec import Isolation
 from trainers.run.launch import RayDriverLauncher
 from trainers.run.nursery import Coming, Nursery
@@ -122,6 +123,7 @@ def driver_parts() -> DriverParts:
 
 
 def agent_parts() -> AgentParts:
+    sweep()
     settings = load_settings()
     node = settings.node
     return AgentParts(

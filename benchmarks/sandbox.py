@@ -1,5 +1,6 @@
 """What a sandbox costs at the start of a process: Python (`-S`, nothing imported) started plain and inside, alternating, until its
-first word has arrived; and once a worker, to find out what the host can do. Writes benchmarks/results/sandbox.json."""
+first word has arrived; and once a worker, to find out what the host can do. Where the host has control groups, each sandbox is
+in one. Writes benchmarks/results/sandbox.json."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 from benchmarks.hardware import hardware
+from runtime_envs.sandbox.cgroup import here, planned
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.process import prepared
 from runtime_envs.sandbox.seccomp import program
-from runtime_envs.sandbox.spec import Mode, Sandbox
+from runtime_envs.sandbox.spec import GIB, Mode, Sandbox
 
 REPEATS = 40
 LIMIT_MS = 100.0
@@ -25,7 +27,7 @@ UID = 31_000
 
 def main() -> int:
     started = time.perf_counter()
-    found = ability()
+    found, group = ability(), here()
     first_ms = 1000 * (time.perf_counter() - started)
     if found.mode is None:
         print(f"no sandbox here: {found.problem}; {found.remedy}")
@@ -36,6 +38,7 @@ def main() -> int:
     result = {
         "mode": found.mode,
         "filter": program() is not None,
+        "cgroup": None if group is None else group.version,
         "repeats": REPEATS,
         "plain_ms": round(plain, 1),
         "inside_ms": round(inside, 1),
@@ -57,8 +60,12 @@ def plain_ms() -> float:
 
 def inside_ms(mode: Mode) -> float:
     started = time.perf_counter()
-    with prepared(Sandbox(uid=UID, python=Path(sys.executable)), mode) as box:
-        return _until_it_speaks([*box.command, *PROGRAM], box.fds, started)
+    group = planned("bench", GIB, 64).make()
+    try:
+        with prepared(Sandbox(uid=UID, python=Path(sys.executable)), mode) as box:
+            return _until_it_speaks([*group.command, *box.command, *PROGRAM], box.fds, started)
+    finally:
+        group.remove()
 
 
 def _until_it_speaks(command: list[str], fds: tuple[int, ...], started: float) -> float:

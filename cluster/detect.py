@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ CPU_SHARE = 0.8
 """Of the memory, for training; the rest is for Ray, the database and the system."""
 
 _QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,22 @@ def cpu_slots() -> int:
 
 
 def machine_memory_gb() -> float:
-    """Of the machine, or of the container where that has less."""
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
-    total = float(psutil.virtual_memory().total)
-    return (min(total, float(limit)) if limit.isdecimal() else total) / GIB
+    """Of the machine, or of the container or control group where that has less."""
+    return min([psutil.virtual_memory().total, *_group_limits()]) / GIB
+
+
+def _group_limits() -> Iterator[int]:
+    """Of the control group that this process is in, and of all above it. Version 2 says "max" where there is none, version 1 a
+    number that is larger than any machine."""
+    for line in _OWN_GROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, name = _GROUPS / "memory", "memory.limit_in_bytes"
+        elif not controllers:
+            top, name = _GROUPS, "memory.max"
+        else:
+            continue
+        # A container may see its own group as the top one, under the path that it has outside.
+        for folder in (top, *(top / above for above in (Path(path.lstrip("/")), *Path(path.lstrip("/")).parents))):
+            if (file := folder / name).is_file() and (limit := file.read_text().strip()).isdecimal():
+                yield int(limit)

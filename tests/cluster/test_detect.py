@@ -76,10 +76,25 @@ def test_slots_are_half_the_physical_cores() -> None:
     assert cpu_slots() == max(1, (psutil.cpu_count(logical=False) or 1) // 2)
 
 
-def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
+@pytest.mark.parametrize(
+    ("groups", "limited", "file"),
+    [
+        ("0::/\n", ".", "memory.max"),
+        ("0::/system.slice/heliostat.service/leaf\n", "system.slice", "memory.max"),
+        ("5:pids:/\n4:cpu,memory:/a/b\n0::/\n", "memory/a/b", "memory.limit_in_bytes"),
+        ("4:memory:/docker/1f\n", "memory", "memory.limit_in_bytes"),
+    ],
+)
+def test_a_container_has_the_memory_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, limited: str, file: str
+) -> None:
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(detecting, "_GROUPS", tmp_path)
+    monkeypatch.setattr(detecting, "_OWN_GROUPS", tmp_path / "own")
+    limit = tmp_path / limited / file
+    limit.parent.mkdir(parents=True, exist_ok=True)
     limit.write_text(f"{1024**3}\n")
-    monkeypatch.setattr(detecting, "_CGROUP_LIMIT", limit)
     assert machine_memory_gb() == 1.0
-    limit.write_text("max\n")
-    assert machine_memory_gb() == psutil.virtual_memory().total / 1024**3
+    for unlimited in ("max\n", "9223372036854771712\n"):
+        limit.write_text(unlimited)
+        assert machine_memory_gb() == psutil.virtual_memory().total / 1024**3

@@ -28,7 +28,7 @@ def keepers(job_id: str) -> set[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         try:
             if (
-                "trainers.run.keeper" in process.info["cmdline"]
+                "trainers.run.keeper" in (process.info["cmdline"] or [])  # None of a zombie
                 and process.environ().get(MARK_VARIABLE) == f"{job_id}/1"
             ):
                 found.add(process)

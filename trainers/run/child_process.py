@@ -14,7 +14,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,11 @@ import psutil
 
 import trainers
 from cluster.errors import HeliostatError, Unavailable
+from runtime_envs.sandbox.cgroup import Group, Plan, planned
 from runtime_envs.sandbox.process import Prepared, exit_code, prepared
 from trainers.config import launcher_of
 from trainers.protocol import FD_VARIABLE, MARK_VARIABLE, Channel, pair
-from trainers.run.confinement import WRITABLE, Confinement, confinement, visible
+from trainers.run.confinement import WRITABLE, Confinement, confinement, memory_share, visible
 from trainers.run.keeper import connected, end_group
 from trainers.run.parts import WorkerTask
 
@@ -50,7 +51,8 @@ class Process(Protocol):
 @dataclass
 class Child:
     """`logs`: the reading end of its output. `note`: what should be known about its isolation. `started`: it was told its
-    configuration already. `failure`: why it was ended before this worker came."""
+    configuration already. `failure`: why it was ended before this worker came. `overran`, once it has ended: the kernel killed
+    some of it at its memory limit."""
 
     process: Process
     channel: Channel
@@ -59,6 +61,8 @@ class Child:
     note: str = ""
     started: bool = False
     failure: dict[str, Any] | None = None
+    group: Group = field(default_factory=Group)
+    overran: bool = False
 
     def end(self, grace_s: float) -> int:
         """Waits for it to leave by itself, then kills what is left of its session; the exit code (negative: the
@@ -67,7 +71,9 @@ class Child:
         with contextlib.suppress(ProcessLookupError):  # of a child whose keeper was killed
             _wait(self.process.pid, grace_s)
         self.kill()
+        self.overran = self.group.overran()  # a keeper removes the group as soon as it has answered
         code = self.process.wait()
+        self.group.remove()
         return exit_code(code) if self.sandboxed else code
 
     def kill(self) -> None:
@@ -88,7 +94,8 @@ Spawn = Callable[[WorkerTask], Child]
 
 @dataclass(frozen=True)
 class Start:
-    """What a child's process is made of, but for the socket that it talks over. `fds`: inherited."""
+    """What a child's process is made of, but for the socket that it talks over. `fds`: inherited. `group`: to be made by the
+    process that starts it."""
 
     command: list[str]
     environment: dict[str, str]
@@ -96,6 +103,7 @@ class Start:
     fds: tuple[int, ...]
     sandboxed: bool
     note: str
+    group: Plan
 
 
 @contextmanager
@@ -110,17 +118,25 @@ def starting(task: WorkerTask, command: Sequence[str] | None = None) -> Iterator
     cwd = None if confined.sandbox else _folder(scratch / "work")
     with _around(confined) as box:
         words = [*box.command, task.python, *command]
-        yield Start(words, variables, cwd, box.fds, confined.sandbox is not None, confined.note)
+        yield Start(words, variables, cwd, box.fds, confined.sandbox is not None, confined.note, _group(task, confined))
+
+
+def _group(task: WorkerTask, confined: Confinement) -> Plan:
+    if confined.sandbox is None:
+        return Plan()
+    return planned(f"{task.job_id}-a{task.attempt}", memory_share(task), confined.sandbox.limits.processes)
 
 
 def spawn(task: WorkerTask, command: Sequence[str] | None = None) -> Child:
     """To be called from a thread that lives as long as the job: a parent-death signal follows the thread."""
     ours, theirs = pair()
     reading, writing = os.pipe()
+    group = Group()
     try:
         with starting(task, command) as start:
+            group = start.group.make()
             process = subprocess.Popen(  # it outlives this function
-                start.command,
+                [*group.command, *start.command],
                 env={**start.environment, FD_VARIABLE: str(theirs.fileno())},
                 cwd=start.cwd,
                 stdin=subprocess.DEVNULL,
@@ -130,13 +146,14 @@ def spawn(task: WorkerTask, command: Sequence[str] | None = None) -> Child:
                 start_new_session=True,
             )
     except (OSError, HeliostatError):
+        group.remove()
         ours.close()
         os.close(reading)
         raise
     finally:
         theirs.close()
         os.close(writing)
-    return Child(process, ours, reading, start.sandboxed, start.note)
+    return Child(process, ours, reading, start.sandboxed, start.note, group=group)
 
 
 def adopt_or_spawn(task: WorkerTask) -> Child:
@@ -192,6 +209,7 @@ def adopt(folder: Path) -> Child:
         told["note"],
         started=True,
         failure=told["failure"],
+        group=Group(**told["group"]),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.detect import CPU_SHARE, machine_memory_gb
 from cluster.errors import JobFailure, Unavailable
 from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.sandbox.cgroup import Group
 from runtime_envs.sandbox.devices import leased
 from runtime_envs.sandbox.host import ability, needed
 from runtime_envs.sandbox.spec import GIB, HOME, WORK, Isolation, Mode, Sandbox
@@ -131,12 +132,12 @@ class NodeShare:
     disk_bytes: int
     cache: Path | None = None
 
-    def exceeded(self, pid: int, output: Path) -> JobFailure | None:
+    def exceeded(self, pid: int, output: Path, group: Group) -> JobFailure | None:
+        if group.overran():
+            return self.killed()
         if used := memory_over(pid, self.memory_bytes):
-            return JobFailure(
-                f"the training took {used / GIB:.1f} GiB of the node's memory; its part is {self.memory_bytes / GIB:.1f} GiB",
-                code="memory_limit_exceeded",
-                hint="Lower batch_size or max_seq_len, ask for more slots, or raise mem_limit_gb if it is set.",
+            return _too_much_memory(
+                f"the training took {used / GIB:.1f} GiB of the node's memory; its part is {self.memory_bytes / GIB:.1f} GiB"
             )
         if self.cache and folder_over(self.cache, MAX_CACHE_BYTES):
             shutil.rmtree(self.cache, ignore_errors=True)
@@ -148,17 +149,36 @@ class NodeShare:
             )
         return None
 
+    def killed(self) -> JobFailure:
+        """By the kernel, which let it have no more than its part."""
+        return _too_much_memory(
+            f"the training wanted more than its part, {self.memory_bytes / GIB:.1f} GiB of the node's memory"
+        )
+
+
+def _too_much_memory(message: str) -> JobFailure:
+    return JobFailure(
+        message,
+        code="memory_limit_exceeded",
+        hint="Lower batch_size or max_seq_len, ask for more slots, or raise mem_limit_gb if it is set.",
+    )
+
 
 def node_share(task: WorkerTask) -> NodeShare:
-    """Of memory on `cpu`: that of its slots, and not much above what it was promised to stay below; beside GPUs: what the
-    platform can spare. Of the disk: most of what is free before it starts."""
+    """Of the disk: most of what is free before it starts."""
     output = Path(task.config["output_dir"])
     output.mkdir(parents=True, exist_ok=True)
     disk = int(shutil.disk_usage(output).free * DISK_SHARE)
     cache = Path(task.config["cache_dir"])
     cache.mkdir(parents=True, exist_ok=True)
+    return NodeShare(memory_share(task), disk, cache)
+
+
+def memory_share(task: WorkerTask) -> int:
+    """On `cpu`: that of its slots, and not much above what it was promised to stay below; beside GPUs: what the platform can
+    spare."""
     if task.memory_gb is None:
-        return NodeShare(int(machine_memory_gb() * CPU_SHARE * GIB), disk, cache)
+        return int(machine_memory_gb() * CPU_SHARE * GIB)
     asked = task.config.get("memory_limit_gb")
     within = task.memory_gb if asked is None else (asked + IMPORTS_GIB) * task.config["node_ranks"]
-    return NodeShare(int(min(within, task.memory_gb) * GIB), disk, cache)
+    return int(min(within, task.memory_gb) * GIB)

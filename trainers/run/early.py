@@ -16,6 +16,7 @@ import psutil
 
 import trainers
 from cluster.errors import HeliostatError, JobFailure
+from runtime_envs.sandbox.cgroup import Group, sweep
 from runtime_envs.sandbox.spec import GIB
 from runtime_envs.sandbox.watch import Watch, tree_bytes
 from trainers.protocol import MARK_VARIABLE, Channel, pair
@@ -47,7 +48,7 @@ class Early:
                 self._process = _start_keeper(task.mark, theirs, start.fds)
                 self._channel.send("keep", **_kept(start, self.folder, usual, waits=waits))
             self._made_of = _made_of(task)
-            self._child = self._pid()
+            self._child, self._group = self._first_word()
             self._watch = self._watching(task)
         except (HeliostatError, OSError):
             self._channel.close()
@@ -84,7 +85,7 @@ class Early:
         with contextlib.suppress(OSError):  # its worker has it by now, or it is dead
             self._channel.send(type, **fields)
 
-    def _pid(self) -> int:
+    def _first_word(self) -> tuple[int, Group]:
         try:
             message = self._channel.receive(KEPT_S)
         except TimeoutError:
@@ -93,7 +94,7 @@ class Early:
             self._process.kill()
             self._process.wait()
             raise OSError("its keeper did not start it")
-        return int(message["pid"])
+        return int(message["pid"]), Group(**message["group"])
 
     def _watching(self, task: WorkerTask) -> Watch[tuple[bool, JobFailure]]:
         """As its worker will: what it takes is taken from others. While it waits it has less, and going over that is no
@@ -103,7 +104,7 @@ class Early:
 
         def look() -> tuple[bool, JobFailure] | None:
             waits = self._waits  # it may be granted during the look
-            failure = (waiting if waits else share).exceeded(self._child, output)
+            failure = (waiting if waits else share).exceeded(self._child, output, self._group)
             return None if failure is None else (waits, failure)
 
         def tell(found: tuple[bool, JobFailure]) -> None:
@@ -121,6 +122,7 @@ class Early:
         self._channel.receive()  # its end of file: handed over, or dead
         self._watch.close()
         self._process.wait()
+        sweep()  # a keeper that was killed leaves its group
         self._channel.close()
 
 
@@ -162,6 +164,7 @@ def _kept(start: Start, folder: Path, usual: int, *, waits: bool) -> dict[str, A
             note=start.note,
             usual=usual,
             waits=waits and may_change_priority(),
+            group=asdict(start.group),
         )
     )
 

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from runtime_envs.sandbox.cgroup import Group, Plan
 from trainers.protocol import FD_VARIABLE, Channel, Message, pair
 
 SOCKET = "worker"
@@ -34,7 +36,7 @@ _BACKLOG = 1
 class Kept:
     """What the agent says first. `command` and `environment` of the child, which inherits `fds`; `folder`: where the worker
     finds the socket, for this user alone; `sandboxed` and `note` for the worker. `waits`: at a low priority until it is
-    told to start. `usual`: its priority then."""
+    told to start. `usual`: its priority then. `group`: the fields of a `Plan`."""
 
     command: list[str]
     environment: dict[str, str]
@@ -45,12 +47,14 @@ class Kept:
     note: str
     usual: int
     waits: bool = False
+    group: dict[str, Any] = field(default_factory=dict)
 
 
 class Keeper:
     def __init__(self, kept: Kept, agent: Channel) -> None:
         self._kept = kept
         self._agent = agent
+        self._group = Group()
         self._failure: Message | None = None
         self._deadline = 0.0
 
@@ -58,7 +62,7 @@ class Keeper:
         """Returns when the child has ended, however that came."""
         ours, theirs = pair()
         reading, writing = os.pipe()
-        with listening(Path(self._kept.folder)) as door:
+        with listening(Path(self._kept.folder)) as door, self._grouped():
             with _at_priority(max(NICE, self._kept.usual) if self._kept.waits else self._kept.usual):
                 child = self._start(theirs, writing)
             for fd in (writing, *self._kept.fds):
@@ -70,10 +74,19 @@ class Keeper:
                 end_group(child.pid)
                 child.wait()
 
+    @contextlib.contextmanager
+    def _grouped(self) -> Iterator[None]:
+        """The group is this process's to make, and dies with it as the sandbox does."""
+        self._group = Plan(**self._kept.group).make()
+        try:
+            yield
+        finally:
+            self._group.remove()
+
     def _start(self, theirs: Channel, output: int) -> subprocess.Popen[bytes]:
         kept = self._kept
         return subprocess.Popen(
-            kept.command,
+            [*self._group.command, *kept.command],
             env={**kept.environment, FD_VARIABLE: str(theirs.fileno())},
             cwd=kept.cwd,
             stdin=subprocess.DEVNULL,
@@ -84,11 +97,13 @@ class Keeper:
         )
 
     def _keep(self, child: subprocess.Popen[bytes], ours: Channel, reading: int, door: socket.socket) -> None:
-        self._agent.send("kept", pid=child.pid)
+        group = asdict(self._group)
+        self._agent.send("kept", pid=child.pid, group=group)
         if not self._wait_for_worker(child.pid, ours, door):
             return
         worker, _ = door.accept()
-        told = {"pid": child.pid, "sandboxed": self._kept.sandboxed, "note": self._kept.note, "failure": self._failure}
+        of_start = {"sandboxed": self._kept.sandboxed, "note": self._kept.note}
+        told = {"pid": child.pid, **of_start, "failure": self._failure, "group": group}
         socket.send_fds(worker, [json.dumps(told).encode()], [ours.fileno(), reading])
         ours.close()
         os.close(reading)

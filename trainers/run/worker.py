@@ -72,7 +72,7 @@ class Worker:
         except HeliostatError as error:  # this node cannot isolate it
             self._driver.relay([{"type": "failed", **error.as_dict(), "log_tail": [], "at": time.time()}])
             return
-        look = partial(share.exceeded, child.process.pid, output)
+        look = partial(share.exceeded, child.process.pid, output, child.group)
         watch = Watch(look, partial(self._take_too_much, child))
         self._logs = ChildLogs(self._storage, self._log_prefix(), child.logs, self._task.settings.max_log_bytes)
         self._logs.start()
@@ -88,6 +88,8 @@ class Worker:
             code = child.end(0.0 if self._ending.is_set() else _LEAVE_S)
             uploads.shutdown(wait=True)
             self._logs.close()
+            if child.overran:
+                self._blame(share.killed())
             self._report_end(code)
             self._finished.set()
             relay.join()
@@ -190,6 +192,11 @@ class Worker:
         """How the attempt ended: the first word counts. The driver hears it when everything else is stored."""
         if self._end is None:
             self._end = end
+
+    def _blame(self, failure: JobFailure) -> None:
+        """For an end that has no name, or the one that a launcher gave it that saw no more than the death of a rank."""
+        if self._end is None or self._end["type"] == "failed":
+            self._end = {"type": "failed", **failure.as_dict()}
 
     def _report_end(self, code: int) -> None:
         lost = {"type": "lost", "exit_code": code, "signal": -code if code < 0 else None}

@@ -25,6 +25,7 @@ from app.cli.output import table
 from app.cli.session import Session
 from app.processes import holder_of, port_taken
 from app.settings import Settings
+from runtime_envs.sandbox import cgroup
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Mode
 from runtime_envs.sandbox.tools import found_programs
@@ -164,6 +165,16 @@ def sandbox(settings: Settings) -> Check:
     return Check("sandbox", "ok", "; ".join([f"{made}, {told}", *found.weaker]))
 
 
+def memory_limit(settings: Settings) -> Check:
+    """Who keeps a job within its memory, by making a group where the service would; only what is isolated gets one."""
+    running = local_service.supervisor_of(settings.data_dir, local_service.read_state(settings.data_dir))
+    group = cgroup.found(Path(f"/proc/{running.pid if running else 'self'}"))
+    if group is not None and settings.isolation != "off" and ability().mode is not None:
+        return Check("memory limit", "ok", f"cgroup v{group.version}")
+    remedy = "run it as root, or as a service that systemd delegates a group to (docs/operators.md)"
+    return Check("memory limit", "warn", "watched once a second", remedy)
+
+
 def disk(settings: Settings) -> Check:
     free = local_service.disk_free_gb(settings.data_dir)
     detail = f"{free:.0f} GiB free for {settings.data_dir}"
@@ -252,6 +263,7 @@ CHECKS: tuple[Callable[[Settings], Check], ...] = (
     system,
     gpu,
     sandbox,
+    memory_limit,
     memory,
     shared_memory,
     disk,

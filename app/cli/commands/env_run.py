@@ -15,10 +15,12 @@ from app.cli.commands.service import Place, settings_of
 from app.cli.errors import HostProblem
 from app.cli.session import Session
 from app.settings import Settings
+from cluster.detect import CPU_SHARE, machine_memory_gb
 from runtime_envs.errors import EnvironmentProblem
+from runtime_envs.sandbox.cgroup import planned
 from runtime_envs.sandbox.host import ability, needed
 from runtime_envs.sandbox.process import exit_code, prepared
-from runtime_envs.sandbox.spec import HOME, Isolation, Sandbox
+from runtime_envs.sandbox.spec import GIB, HOME, Isolation, Mode, Sandbox
 
 NOBODY = 65533
 """No tenant's user: what runs here belongs to no job."""
@@ -53,7 +55,8 @@ def _materialized(settings: Settings, lock: dict[str, Any]) -> Path:
 
 
 def in_sandbox(settings: Settings, python: Path, words: list[str]) -> int:
-    """The exit code; negative: the signal. Raises `HostProblem` where isolation is required and impossible."""
+    """The exit code; negative: the signal. Raises `HostProblem` where isolation is required and impossible, and for a command
+    that takes too much memory."""
     wanted = Isolation(settings.isolation)
     try:
         mode = needed(wanted)
@@ -64,9 +67,26 @@ def in_sandbox(settings: Settings, python: Path, words: list[str]) -> int:
         if wanted is not Isolation.OFF:
             sys.stderr.write(f"not isolated: {ability().problem}\n")
         return subprocess.run(["/usr/bin/env", *words], env={**os.environ, "PATH": path}, check=False).returncode
-    with prepared(_sandbox(settings, python), mode) as box:
-        command = [*box.command, "/usr/bin/env", *words]
-        return exit_code(subprocess.run(command, env=_variables(path), pass_fds=box.fds, check=False).returncode)
+    return _in_group(_sandbox(settings, python), mode, ["/usr/bin/env", *words], _variables(path))
+
+
+def _in_group(sandbox: Sandbox, mode: Mode, words: list[str], variables: dict[str, str]) -> int:
+    """What trainings beside GPUs may take of the machine's memory is for it, too."""
+    limit = int(machine_memory_gb() * CPU_SHARE * GIB)
+    group = planned("env-run", limit, sandbox.limits.processes).make()
+    try:
+        with prepared(sandbox, mode) as box:
+            command = [*group.command, *box.command, *words]
+            code = exit_code(subprocess.run(command, env=variables, pass_fds=box.fds, check=False).returncode)
+        if code and group.overran():
+            raise HostProblem(
+                f"the command wanted more memory than it may have here, {limit / GIB:.1f} GiB",
+                code="memory_limit_exceeded",
+                hint="What is left is for the service and for the jobs on this machine; run it on a larger one.",
+            )
+        return code
+    finally:
+        group.remove()
 
 
 def _sandbox(settings: Settings, python: Path) -> Sandbox:

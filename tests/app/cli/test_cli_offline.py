@@ -98,7 +98,11 @@ def test_version(offline: Run) -> None:
 def test_doctor_looks_at_everything(offline: Run) -> None:
     said = offline("doctor", "--json")
     found = {check["name"]: check for check in said.json["data"]}
-    assert {"python", "gpu", "sandbox", "disk", "hard links", "port", "memory", "shared memory"} <= set(found)
+    assert {"python", "gpu", "sandbox", "disk", "hard links", "port", "memory", "memory limit", "shared memory"} <= set(
+        found
+    )
+    kinds = ("cgroup v2", "cgroup v1", "watched once a second")
+    assert found["memory limit"]["detail"] in kinds
     assert all(check["remedy"] for check in found.values() if check["state"] == "fail")
     assert said.code == (0 if said.json["ok"] else 1)
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from app.cli.commands import env_run
 from app.cli.commands.env_run import in_sandbox
+from app.cli.errors import HostProblem
 from app.settings import Settings
+from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 
 pytestmark = pytest.mark.skipif(ability().mode is None, reason=f"no sandbox here: {ability().problem}")
@@ -42,3 +45,13 @@ def test_a_signal_and_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatc
     settings = Settings(isolation="required")
     assert in_sandbox(settings, Path(sys.executable), ["sh", "-c", "kill -TERM $$"]) == -15
     assert in_sandbox(settings, Path(sys.executable), ["no-such-command"]) == 127
+
+
+@pytest.mark.skipif(here() is None, reason="this platform may make no control groups on this host")
+def test_a_command_that_takes_too_much_memory_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(env_run, "machine_memory_gb", lambda: 0.3)
+    hog = ["python", "-S", "-c", "b'x' * (1 << 30)"]
+    with pytest.raises(HostProblem, match=r"more memory than it may have here, 0\.2 GiB") as told:
+        in_sandbox(Settings(isolation="required"), Path(sys.executable), hog)
+    assert told.value.code == "memory_limit_exceeded" and told.value.hint

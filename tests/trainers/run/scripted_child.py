@@ -3,12 +3,13 @@
 import hashlib
 import os
 import sys
+import time
 from pathlib import Path
 
 from trainers.protocol import FD_VARIABLE, Channel
 
 STEPS = 6
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN = range(11)
+GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS = range(13)
 
 
 def main() -> None:
@@ -38,6 +39,8 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
         say_step(channel, step)
         if does == DIES and step == 3:
             os.kill(os.getpid(), 9)
+        if does in (HOG, HOGS) and step == 3:
+            hog(does)
         if does == FAILS and step == 3:
             channel.send("failed", code="loss_not_finite", message="NaN", hint="lower lr", fixable_by="user", step=3)
             wait_for_end(channel)
@@ -94,6 +97,14 @@ def obey(channel: Channel, out: Path, does: int, step: int) -> None:
         channel.send("ack", id=message["id"], command=command, state=state, step=step)
         if command == "stop":
             wait_for_end(channel)
+
+
+def hog(does: int) -> None:
+    """A GiB at once. HOG: itself; HOGS: in a process that it waits for, and in vain."""
+    if does == HOGS and os.fork():
+        os.wait()
+        time.sleep(600)
+    b"x" * (1 << 30)
 
 
 def write(folder: Path, files: dict[str, str], does: int) -> Path:

@@ -17,8 +17,10 @@ from waiting import until
 from cluster.core.events import How
 from cluster.core.job import JobState
 from cluster.storage.objects import folder_sha256
+from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
+from trainers.run import child_process, confinement
 from trainers.run.ports import LastCheckpoint, Script
 
 pytestmark = pytest.mark.integration
@@ -69,6 +71,18 @@ def test_the_code_cannot_be_written_by_the_script(tmp_path: Path) -> None:
     assert made.store.state is S.FAILED and made.store.error is not None
     assert made.store.error["code"] == "script_failed" and "PermissionError" in str(made.store.error["message"])
     assert made.store.error["fixable_by"] == "user"
+
+
+@pytest.mark.skipif(here() is None, reason="this platform may make no control groups on this host")
+def test_a_script_that_takes_a_gib_at_once_fails_by_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ability().mode is None:
+        pytest.skip(f"no sandbox here: {ability().problem}")
+    for module in (confinement, child_process):
+        monkeypatch.setattr(module, "memory_share", lambda task: 300 << 20)
+    made = custom_world(tmp_path, "b'x' * (1 << 30)", Isolation.REQUIRED)
+    run(made)
+    assert made.store.state is S.FAILED and made.store.error is not None
+    assert made.store.error["code"] == "memory_limit_exceeded", made.store.error
 
 
 def test_parked_suspended_and_on_in_another_attempt(tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from cluster.core.job import JobState
 from cluster.errors import JobFailure
 from cluster.processes import end_attempt, running_attempts
 from runtime_envs.sandbox import watch
+from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
 from trainers.config import Hyperparams
-from trainers.run import confinement, early, nursery
+from trainers.run import child_process, confinement, early, nursery
 from trainers.run.child_process import Child, KeptProcess, adopt, adopt_or_spawn, spawn
 from trainers.run.early import may_change_priority
 from trainers.run.keeper import NICE
@@ -122,6 +123,38 @@ def test_so_it_is_in_a_sandbox(tmp_path: Path) -> None:
     assert run(made).store.state is JobState.SUCCEEDED, made.store.moves
 
 
+@needs_sandbox
+@pytest.mark.skipif(here() is None, reason="this platform may make no control groups on this host")
+@pytest.mark.parametrize("hog", [does.HOG, does.HOGS])
+def test_and_a_hog_is_named_though_its_parent_is_a_keeper(
+    tmp_path: Path, hog: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confinement, "memory_share", lambda task: 300 << 20)
+    monkeypatch.setattr(child_process, "memory_share", lambda task: 300 << 20)
+    made = world(tmp_path, hog, settings={"isolation": Isolation.REQUIRED}, uid=31_778)
+    made.agent.children = Nursery(("-c", SCRIPT.read_text()))
+    store = run(made).store
+    assert store.error is not None and store.error["code"] == "memory_limit_exceeded", store.error
+    until(lambda: not groups())
+
+
+@needs_sandbox
+@pytest.mark.skipif(here() is None, reason="this platform may make no control groups on this host")
+def test_the_group_of_a_keeper_that_was_killed_is_swept(tmp_path: Path) -> None:
+    made = world(tmp_path, does.HANGS, settings={"isolation": Isolation.REQUIRED}, uid=31_778)
+    made.agent.children = Nursery(("-c", SCRIPT.read_text()))
+    prepared(made)
+    assert groups()
+    end_attempt(JOB, 1)
+    until(lambda: not groups())
+
+
+def groups() -> list[Path]:
+    plan = here()
+    assert plan is not None
+    return [group for parent in plan.parents for group in Path(parent).glob(f"heliostat/{JOB}-*")]
+
+
 def test_who_was_granted_at_once_never_waits_at_a_low_priority(tmp_path: Path) -> None:
     adopted = taken_over(prepared(world(tmp_path)))
     child, usual = psutil.Process(adopted.process.pid), os.getpriority(os.PRIO_PROCESS, 0)
@@ -154,7 +187,7 @@ def test_one_that_takes_too_much_before_its_worker_is_there_fails_by_that_name(
 ) -> None:
     made = world(tmp_path, does.HANGS)
     hog = JobFailure("it took too much", code="memory_limit_exceeded", hint="ask for less")
-    monkeypatch.setattr(confinement.NodeShare, "exceeded", lambda share, pid, output: hog)
+    monkeypatch.setattr(confinement.NodeShare, "exceeded", lambda share, pid, output, group: hog)
     monkeypatch.setattr(watch, "LOOK_S", 0.02)
 
     def later(task: WorkerTask) -> Child:

@@ -16,6 +16,7 @@ from fakes_driver import World, make_world
 from waiting import until
 
 from cluster.processes import end_attempt, running_attempts
+from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
 from trainers.config import Hyperparams
@@ -31,6 +32,7 @@ UID = 31_777
 needs_sandbox = pytest.mark.skipif(
     ability().mode is None, reason=f"no sandbox here: {ability().problem}; {ability().remedy}"
 )
+needs_groups = pytest.mark.skipif(here() is None, reason="this platform may make no control groups on this host")
 
 
 class Listener:
@@ -104,6 +106,34 @@ def _uid(process: psutil.Process) -> int | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.uids().real
     except psutil.NoSuchProcess:
         return None
+
+
+@needs_sandbox
+@needs_groups
+@pytest.mark.parametrize("hog", [does.HOG, does.HOGS])
+def test_more_memory_than_its_part_has_a_name_however_fast_it_was(tmp_path: Path, hog: int) -> None:
+    made, task = isolated(tmp_path, hog)
+    driver = Listener()
+    work(made, replace(task, memory_gb=0.3), driver).join(60)
+    end = driver.heard[-1]
+    assert (end["type"], end["code"]) == ("failed", "memory_limit_exceeded"), end
+    assert end["message"] == "the training wanted more than its part, 0.3 GiB of the node's memory" and end["hint"]
+    assert not groups_of(task)
+
+
+@needs_sandbox
+@needs_groups
+def test_a_death_within_its_part_keeps_its_name(tmp_path: Path) -> None:
+    made, task = isolated(tmp_path, does.FAILS)
+    driver = Listener()
+    work(made, task, driver).join(60)
+    assert driver.heard[-1]["code"] == "loss_not_finite" and not groups_of(task)
+
+
+def groups_of(task: WorkerTask) -> list[Path]:
+    place = here()
+    assert place is not None
+    return [group for parent in place.parents for group in Path(parent).glob(f"heliostat/{task.job_id}-*")]
 
 
 @needs_sandbox

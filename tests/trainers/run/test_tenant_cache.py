@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fakes_driver import make_world
 
+from runtime_envs.sandbox.cgroup import Group
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
 from trainers.run import confinement
@@ -57,9 +58,9 @@ def test_one_that_grew_too_large_is_thrown_away_and_no_job_of_its_tenant_fails_b
     task: WorkerTask, full: Any
 ) -> None:
     share, output, cache = confinement.node_share(task), Path(task.config["output_dir"]), fill(task, files=1)
-    assert share.exceeded(os.getpid(), output) is None and list(cache.iterdir())
+    assert share.exceeded(os.getpid(), output, Group()) is None and list(cache.iterdir())
     fill(task, files=3)
-    assert share.exceeded(os.getpid(), output) is None
+    assert share.exceeded(os.getpid(), output, Group()) is None
     assert not cache.exists()
     confinement.node_share(task)
     assert list(cache.iterdir()) == []
