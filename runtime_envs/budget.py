@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime_envs.conda.fetch import DOWNLOADS
 from runtime_envs.conda.prefix import Linked, read_prefix
 from runtime_envs.fingerprint import FINGERPRINT
 from runtime_envs.flock import held
@@ -73,9 +74,11 @@ def remove(root: Path, fingerprint: str) -> bool:
 
 
 def prune(root: Path) -> None:
-    """Removes packages and byte code that no environment uses. Does nothing while an environment is being built."""
+    """Removes packages and byte code that no environment uses, and what has arrived in part. Does nothing while an environment is
+    being built."""
     try:
         with held(caches_lock(root), timeout_s=0):
+            shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
             used = _used_packages(root)
             _remove_others(root / "pkgs", {package.cached.name for package in used})
             keys = {package.key for package in used}

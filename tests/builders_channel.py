@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,14 +51,24 @@ def write_channel(folder: Path, wheels: Path) -> Path:
 
 
 class ChannelServer(ThreadingHTTPServer):
-    """`broken`: packages (by the beginning of their names) whose download ends half way. `log`: the paths asked for."""
+    """`broken`: packages (by the beginning of their names) whose download ends after `breaks_after` bytes, `breaks` times at
+    most. `other`: packages of which another file is sent. `ranges`: it goes on where it is asked to. `log`: the paths asked
+    for; `sent`: (path, first byte, bytes sent)."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        self.broken: set[str] = set()
         self.log: list[str] = []
+        self.sent: list[tuple[str, int, int]] = []
+        self.behave()
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+
+    def behave(self) -> None:
+        self.broken: set[str] = set()
+        self.other: set[str] = set()
+        self.breaks_after, self.breaks, self.ranges = 100, 1000, True
+        self.log.clear()
+        self.sent.clear()
 
     @property
     def url(self) -> str:
@@ -65,15 +76,35 @@ class ChannelServer(ThreadingHTTPServer):
 
 
 class _Handler(SimpleHTTPRequestHandler):
+    server: ChannelServer
+    start = 0
+
+    def send_head(self) -> Any:
+        asked = self.headers.get("Range", "")
+        if not (self.server.ranges and asked):
+            return super().send_head()
+        source = Path(self.translate_path(self.path)).open("rb")  # noqa: SIM115 - the caller closes it
+        size = os.fstat(source.fileno()).st_size
+        self.start = source.seek(int(asked.removeprefix("bytes=").removesuffix("-")))
+        self.send_response(206 if self.start < size else 416)
+        self.send_header("Content-Length", str(max(0, size - self.start)))
+        self.send_header("Content-Range", f"bytes {self.start}-{size - 1}/{size}")
+        self.end_headers()
+        return source
+
     def copyfile(self, source: Any, outputfile: Any) -> None:
-        assert isinstance(self.server, ChannelServer)
         self.server.log.append(self.path)
         name = self.path.rsplit("/", 1)[-1]
-        if any(name.startswith(start) for start in self.server.broken):
-            outputfile.write(source.read(100))  # less than it has announced
+        data = source.read()
+        if name.startswith(tuple(self.server.other)):
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if self.server.breaks and name.startswith(tuple(self.server.broken)):
+            self.server.breaks -= 1
+            data = data[: self.server.breaks_after]  # less than it has announced
             self.close_connection = True
-            return
-        super().copyfile(source, outputfile)
+        self.server.sent.append((self.path, self.start, len(data)))
+        with suppress(ConnectionError):  # it has heard enough
+            outputfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

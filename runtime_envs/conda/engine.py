@@ -20,6 +20,7 @@ from runtime_envs.materialize import NO_SPACE, build_failed
 from runtime_envs.uv import INHERITED, READABLE_UMASK
 
 PROCESS = Path(__file__).with_name("engine_process.py")
+FETCH = Path(__file__).with_name("fetch_process.py")
 TIMEOUT_S = 1800.0
 MAX_REASON_CHARS = 3000
 IDLE_PROCESSES = 2
@@ -33,10 +34,16 @@ def index_channel(folder: Path) -> None:
     ask({"task": "index", "channel": str(folder)})
 
 
-def ask(question: dict[str, Any], *, progress: Progress = lambda _: None, keep_fd: int | None = None) -> dict[str, Any]:
+def ask(
+    question: dict[str, Any],
+    *,
+    script: Path = PROCESS,
+    progress: Progress = lambda _: None,
+    keep_fd: int | None = None,
+) -> dict[str, Any]:
     """Blocks for seconds to minutes. `keep_fd` is handed down, so that a lock on it lives as long as the process. Raises
     EnvironmentProblem with one of `CODES`, or `environment_channel_failed`, `environment_build_failed`, `environment_disk_full`."""
-    with Engine(keep_fd) as engine:
+    with Engine(script, keep_fd) as engine:
         return engine.ask(question, progress)
 
 
@@ -58,10 +65,10 @@ def ask_again(question: dict[str, Any]) -> dict[str, Any]:
 class Engine:
     """The process: it starts while we go on. Ends with its stdin, so with us too; and by itself when it is not asked for long."""
 
-    def __init__(self, keep_fd: int | None = None) -> None:
+    def __init__(self, script: Path = PROCESS, keep_fd: int | None = None) -> None:
         self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(PROCESS)],
+            [sys.executable, "-I", str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -29,6 +29,7 @@ from rattler import (
     install,
     solve,
 )
+from rattler.config import Config
 from rattler.exceptions import (
     FetchRepoDataError,
     GatewayError,
@@ -43,10 +44,11 @@ from rattler.package_cache import ValidationMode
 
 PLATFORM: Final = "linux-64"
 ENVIRONMENT = "default"
-PROGRESS_BYTES = 8 * 1024 * 1024
 FRESH_S = 60.0
 """For so long channels are not asked again, unless something cannot be had from them."""
 JUST_NOW_S = 1.0
+DOWNLOADS_AT_ONCE = 4
+"""Of what `fetch_process` has left; its limit, for the same reasons, in place of rattler's 50."""
 IDLE_S = 600.0
 """Then it ends: the index of conda-forge is hundreds of megabytes."""
 KINDS = {
@@ -160,6 +162,9 @@ async def install_lock(question: dict[str, Any]) -> dict[str, Any]:
     cache's files whole and fetches again what is damaged. `written_prefix`: the prefix to write into files."""
     only = question.get("only")
     records = [r for r in _records(question["lock"]) if only is None or r.name.normalized in only]
+    records.sort(
+        key=lambda record: -(record.size or 0)
+    )  # the largest takes longest, on one core: it must not come last
     mode = ValidationMode.full() if question.get("validate") else ValidationMode.fast()
     layer = PackageCacheLayer(Path(question["cache"])).with_validation_mode(mode)
     await install(
@@ -170,28 +175,26 @@ async def install_lock(question: dict[str, Any]) -> dict[str, Any]:
         execute_link_scripts=False,
         reporter=Progress(len(records)),  # type: ignore[abstract]  # its methods are empty, not abstract
         client=Client.default_client(),
+        config=_config(),
     )
     return {"installed": len(records)}
 
 
+def _config() -> Config:
+    config = Config()
+    config.set("concurrency.downloads", str(DOWNLOADS_AT_ONCE))
+    return config
+
+
 class Progress(InstallerReporter):
-    """Says how much is fetched and linked, a few times a second at most."""
+    """Says what is fetched and linked. rattler 0.28 does not say how much has arrived."""
 
     def __init__(self, packages: int) -> None:
         self._packages = packages
         self._linked = 0
-        self._fetched: dict[int, int] = {}
-        self._said = 0
-
-    def on_download_progress(self, download_idx: int, progress: int, total: int | None) -> None:
-        self._fetched[download_idx] = progress
-        done = sum(self._fetched.values())
-        if done - self._said >= PROGRESS_BYTES:
-            self._said = done
-            say(stage="download", bytes=done)
 
     def on_download_completed(self, download_idx: int) -> None:
-        say(stage="download", bytes=sum(self._fetched.values()))
+        say(stage="download")
 
     def on_link_start(self, operation: int, package_name: str) -> int:
         self._linked += 1

@@ -20,6 +20,7 @@ from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_stor
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
 from runtime_envs.conda.clone import PYTHON, NotAlike, Source, nearest, read_source
 from runtime_envs.conda.engine import Engine
+from runtime_envs.conda.fetch import fetch_packages
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
 from runtime_envs.conda.manifest import Manifest, describe, names_in
 from runtime_envs.conda.prefix import META, Linked, forget_prefix, read_prefix
@@ -44,6 +45,7 @@ from runtime_envs.materialize import (
 from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, packed, quick_verify, sha256_of, walk
 
 PIXI_LOCK = "pixi.lock"
+TELL_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ class CondaEnvironments:
 
     def _start_and_fill(self, site: _Site, like: Path | None) -> None:
         """The installer loads while we clear and clone; nearly always there is something for it."""
-        with Engine(site.lock_fd) as engine:
+        with Engine(keep_fd=site.lock_fd) as engine:
             self._fill(site, like, engine)
 
     def _fill(self, site: _Site, like: Path | None, engine: Engine) -> None:
@@ -189,13 +191,21 @@ class CondaEnvironments:
 
     def _install(self, site: _Site, engine: Engine, only: Sequence[str]) -> None:
         """`download` is what it took until the last package was fetched; some are linked before that."""
-        started = fetched = time.monotonic()
+        started = fetched = told = time.monotonic()
 
         def note(said: dict[str, Any]) -> None:
             nonlocal fetched
             if said["stage"] == "download":
                 fetched = time.monotonic()
 
+        def tell(said: dict[str, Any]) -> None:
+            nonlocal told
+            if time.monotonic() - told >= TELL_EVERY_S:
+                told = time.monotonic()
+                log.info("%s: %d of %d MB fetched", site.home.name, said["bytes"] // 10**6, said["total"] // 10**6)
+
+        fetch_packages(site.lock, only, self._root, tell, site.lock_fd)
+        fetched = time.monotonic()
         question = {"task": "install", "lock": str(site.home / PIXI_LOCK), "prefix": str(site.prefix)}
         engine.ask(question | {"cache": str(self.packages), "only": list(only)}, note)
         stages = site.watch.stages
