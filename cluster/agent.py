@@ -13,7 +13,15 @@ from typing import Any
 from cluster.core.job import Node
 from cluster.detect import detect
 from cluster.environment_checks import EnvironmentChecks, Note
-from cluster.ports import AgentParts, Attempt, CheckedEnvironment, Children, EnvironmentStore, NodeReport
+from cluster.ports import (
+    AgentParts,
+    Attempt,
+    CheckedEnvironment,
+    Children,
+    EnvironmentStore,
+    NodeReport,
+    StagedModel,
+)
 from cluster.processes import end_attempt, running_attempts
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore
@@ -80,6 +88,10 @@ class NodeAgent:
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:
         """The folder with the model. Raises `NotFound`, `Conflict` (`object_damaged`)."""
         return str(self._open().staging.stage_model(prefix, sha256, files))
+
+    def stage_ahead(self, model: StagedModel) -> None:
+        """Before any job needs it. Raises as `stage_model`, and `Unavailable` (`node_disk_full`)."""
+        self._open().staging.stage_ahead(model.prefix, model.sha256, model.bytes)
 
     def stage_attempt(
         self, job_id: str, attempt: int, files: dict[str, tuple[str, str]], *, ahead: bool = False

@@ -14,12 +14,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.agent import NodeAgent
 from cluster.errors import Fenced, HeliostatError, Unavailable
 from cluster.metrics import RayWatch, environment_counters
-from cluster.ports import AgentParts, Attempt, CheckedEnvironment, NodeReport, SchedulerParts
+from cluster.ports import AgentParts, Attempt, CheckedEnvironment, NodeReport, SchedulerParts, StagedModel
 from cluster.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,15 @@ class RayNodes:
         unknown: Sequence[Attempt] = ask(node_agent(node).expect.remote(attempts), REPORT_TIMEOUT_S)
         return unknown
 
-    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
-        ask(node_agent(node).stage_model.remote(prefix, sha256), STAGE_TIMEOUT_S)
+    def stage_ahead(self, node: str, model: StagedModel) -> None:
+        try:
+            ray.get(node_agent(node).stage_ahead.remote(model), timeout=STAGE_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, HeliostatError):
+                raise error.cause from None
+            raise _unavailable(f"node {node} did not copy a model", error.cause) from error
+        except RayError as error:
+            raise _unavailable(f"node {node} did not copy a model", error) from error
 
     def prepare_ahead(self, node: str, coming: Any) -> None:
         ask(node_agent(node).prepare_ahead.remote(coming), REPORT_TIMEOUT_S)

@@ -151,6 +151,15 @@ class NodeReport:
     checks: tuple[EnvironmentCheck, ...] = ()
 
 
+@dataclass(frozen=True)
+class StagedModel:
+    """A base model as nodes keep it. `prefix`: of `cluster.storage`."""
+
+    prefix: str
+    sha256: str
+    bytes: int
+
+
 class Nodes(Protocol):
     """The agents of all nodes (`cluster.client` implements it with Ray actors)."""
 
@@ -166,8 +175,8 @@ class Nodes(Protocol):
         """As `Children.expect`. Raises `Unavailable`."""
         ...
 
-    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
-        """Once it is there, which may take minutes. Raises `HeliostatError`."""
+    def stage_ahead(self, node: str, model: StagedModel) -> None:
+        """Returns when it is there, which may take minutes. Raises `HeliostatError`, also where there is no room to spare."""
         ...
 
     def prepare_ahead(self, node: str, coming: Any) -> None:
@@ -280,14 +289,6 @@ class SchedulerSettings:
     ahead: int = 2
     """So many waiting jobs are named to each node, so that it prepares for them; 0: none."""
     policy: Policy = field(default_factory=Policy)
-
-
-@dataclass(frozen=True)
-class StagedModel:
-    """A base model as nodes keep it. `prefix`: of `cluster.storage`."""
-
-    prefix: str
-    sha256: str
 
 
 @dataclass(frozen=True)

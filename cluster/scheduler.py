@@ -79,7 +79,7 @@ class Scheduler:
         self._state = ClusterState(settings.policy)
         self._reconciler = Reconciler(self._parts, self._nodes, self._facts, self._asking, self._clock)
         self._hints = Hints(self._parts, self._nodes, self._asking)
-        self._prestage = Prestage(self._parts, self._nodes, self._asking)
+        self._prestage = Prestage(self._parts, self._nodes, self._asking, self._clock)
         self._away = True
         self._poll_at = 0.0
         self._epoch = self._parts.store.take_epoch()

@@ -19,6 +19,8 @@ MANIFEST = "manifest.json"
 
 READY = "READY"
 CACHES = "caches"
+SPARE_SHARE = 0.2
+"""Of the disk: what models that no job asked for leave free."""
 _FORGET_AFTER_S = 3600.0
 _FORGET_CACHES_AFTER_S = 7 * 24 * 3600.0
 
@@ -42,8 +44,24 @@ class Staging:
         with _locked(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                self._copy_model(prefix, sha256, folder, files or self._manifest(prefix))
+                try:
+                    self._copy_model(prefix, sha256, folder, files or self._manifest(prefix))
+                except BaseException:  # half of it would only take room
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
         return folder
+
+    def stage_ahead(self, prefix: str, sha256: str, bytes: int) -> None:
+        """Leaves room for what jobs bring. Raises as `stage_model`, and `Unavailable` (`node_disk_full`)."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(self._root)
+        if sha256 not in self.models() and disk.free - bytes < disk.total * SPARE_SHARE:
+            raise Unavailable(
+                f"a base model of {bytes / 1e9:.1f} GB would leave less than {SPARE_SHARE:.0%} of the node's disk free",
+                code="node_disk_full",
+                hint="Give the node more disk, or name fewer models in training.stage_base_models.",
+            )
+        self.stage_model(prefix, sha256)
 
     def _manifest(self, prefix: str) -> dict[str, str]:
         manifest: dict[str, str] = json.loads(self._objects.read_bytes(f"{prefix}/{MANIFEST}"))

@@ -16,7 +16,16 @@ from filelock import FileLock
 from cluster.core.events import Grant, How, Resume, Yield
 from cluster.core.job import ACTIVE, Job, JobState, Node, Placement, TenantShare
 from cluster.errors import Fenced, HeliostatError, Unavailable
-from cluster.ports import ActiveJob, Attempt, CheckedEnvironment, NodeReport, PreparedEnvironment, Rows, Shares
+from cluster.ports import (
+    ActiveJob,
+    Attempt,
+    CheckedEnvironment,
+    NodeReport,
+    PreparedEnvironment,
+    Rows,
+    Shares,
+    StagedModel,
+)
 
 
 class ManualClock:
@@ -273,10 +282,8 @@ class FakeNodes:
         self.expected[node] = list(attempts)
         return unknown
 
-    def stage_model(self, node: str, prefix: str, sha256: str) -> None:
-        if node in self.silent:
-            raise Unavailable(f"node {node} does not answer")
-        self.nodes[node] = replace(self.nodes[node], models=self.nodes[node].models | {sha256})
+    def stage_ahead(self, node: str, model: StagedModel) -> None:
+        self.nodes[node] = replace(self.nodes[node], models=self.nodes[node].models | {model.sha256})
 
     def prepare_ahead(self, node: str, coming: object) -> None:
         self.prepared.append((node, coming))

@@ -5,6 +5,7 @@ worker → child
     start     {config}                                   first message; `config` is a `trainers.config.TrainConfig` as a dict
     command   {id, command: checkpoint|park|resume|stop|ping}
     saved     {step}                                     the checkpoint of that step is durable; older ones may go
+    release   {action}                                   to parked ranks of another node than rank 0's: what that one does
 child → worker
     hello     {pid, python, torch, transformers, peft, packages?}     imports are done
     progress  {what, done, total}                        rows, of a long pass before the first step
@@ -13,6 +14,7 @@ child → worker
     step      {step, epoch, loss, lr, grad_norm, tokens, seconds}
     checkpoint{step, path, bytes, sha256: {file: hex}, metrics}       complete on disk under `path`
     ack       {id, command, state, step}                 every command is answered in every state
+    release   {action}                                   of rank 0, for the parked ranks of other nodes
     log       {level, message}
     failed    {code, message, hint, fixable_by, step}
     finished  {step, artifact: path, sha256: {file: hex}, metrics}

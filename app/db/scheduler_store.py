@@ -77,11 +77,12 @@ class SqlSchedulerStore:
 
     def base_models(self, names: Sequence[str]) -> list[StagedModel]:
         """Those of the names that are ready; `*`: all that are."""
-        found = select(BaseModel.prefix, BaseModel.sha256).where(BaseModel.status == "ready").order_by(BaseModel.name)
+        found = select(BaseModel).where(BaseModel.status == "ready").order_by(BaseModel.name)
         if "*" not in names:
             found = found.where(BaseModel.name.in_(names))
         with self._database.platform() as session:
-            return [StagedModel(prefix, sha256) for prefix, sha256 in session.execute(found) if prefix and sha256]
+            models = session.scalars(found)
+            return [StagedModel(one.prefix, one.sha256, one.bytes or 0) for one in models if one.prefix and one.sha256]
 
     def grant(self, epoch: int, grants: Sequence[Grant], ttl_s: float) -> Mapping[str, int]:
         """One whose slots are held does not keep the others from theirs."""

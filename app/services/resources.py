@@ -149,8 +149,9 @@ def _offers(nodes: Sequence[Node], span: int) -> list[Offer]:
 
 
 def _most_slots(nodes: Sequence[Node], span: int) -> int:
-    sizes = Counter(node.slots for node in nodes)
-    return max(size * min(count, span) for size, count in sizes.items())
+    """The scheduler spreads a gang over nodes that are alike in all of this (`cluster.core.placement.pool_key`)."""
+    pools = Counter((one.slots, one.price_per_hour, round(one.memory_gb), one.region, one.market) for one in nodes)
+    return max(pool[0] * min(count, span) for pool, count in pools.items())
 
 
 def _span(asked: ResourceConfig, rules: Rules) -> int:

@@ -13,9 +13,10 @@ import pytest
 from fakes_cluster import NoEnvironments
 from waiting import until
 
+from cluster import staging
 from cluster.agent import NodeAgent
 from cluster.errors import Conflict, NotFound, Unavailable
-from cluster.ports import AgentParts, NodeSettings
+from cluster.ports import AgentParts, NodeSettings, StagedModel
 from cluster.processes import MARK_VARIABLE
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore, folder_sha256
@@ -304,3 +305,30 @@ def test_what_a_tenant_kept_is_forgotten_a_week_after_the_last_addition(tmp_path
     os.utime(old, (week_ago, week_ago))
     staging.stage_attempt("ftjob-1", 1, {})
     assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_model_that_no_job_asked_for_leaves_room(
+    agent: NodeAgent, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = _put_model(objects)
+    with pytest.raises(Unavailable) as caught:
+        agent.stage_ahead(StagedModel("models/m", sha256, 1 << 60))
+    assert caught.value.code == "node_disk_full" and agent.report().node.models == frozenset()
+    monkeypatch.setattr(staging, "SPARE_SHARE", 0.0)
+    agent.stage_ahead(StagedModel("models/m", sha256, 1000))
+    assert agent.report().node.models == {sha256}
+
+
+def test_of_a_copy_that_fails_nothing_stays(
+    agent: NodeAgent, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = _put_model(objects)
+
+    def full(self: ObjectStore, key: str, target: Path, sha256: str) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ObjectStore, "get_file", full)
+    with pytest.raises(OSError, match="No space"):
+        agent.stage_model("models/m", sha256)
+    assert [path for path in (tmp_path / "node" / "models").rglob("*") if path.is_dir()] == []

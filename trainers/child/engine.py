@@ -44,6 +44,8 @@ class Engine(Protocol):
 
 
 def make_engine(loss: SummedLoss, config: TrainConfig, world: World, micro_batch_size: int) -> Engine:
+    """Called by all ranks together, when they have model and rows."""
+    world.meet()
     if zero_stage(config) == 0:
         return PlainEngine(loss, config.hyperparams, world)
     return ZeroEngine(loss, config, world, micro_batch_size)

@@ -174,7 +174,7 @@ def _laid_out(head: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    hook = head.register_forward_pre_hook(lambda module, inputs: tuple(one.contiguous() for one in inputs))
     try:
         yield
     finally:

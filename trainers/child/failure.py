@@ -57,14 +57,23 @@ def describe(error: BaseException) -> TrainFailure:
     return TrainFailure("training_error", f"The training code failed: {text}", hint=hint, fixable_by="operator")
 
 
+_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "remote process exited",
+    "remote error",
+)
+
+
 def _lost_rank(text: str) -> TrainFailure | None:
-    """What gloo says of another rank that hangs, or that is no more."""
+    """What gloo, and NCCL, say of another rank that hangs, or that is no more."""
     said = text.lower()
     if "timed out waiting" in said or "application timeout" in said:
         hint = "One of its processes stands still; the log may say why. The job goes on from its last checkpoint."
         message = f"A rank waited in vain for another one: {text}"
         return TrainFailure("rank_not_responding", message, hint=hint, fixable_by="nobody")
-    if "connection closed by peer" in said or "connection reset by peer" in said:
+    if any(words in said for words in _GONE):
         hint = "If a signal ended it, look at the machine's memory. The job goes on from its last checkpoint."
         return TrainFailure("rank_lost", f"Another rank is gone: {text}", hint=hint, fixable_by="operator")
     return None

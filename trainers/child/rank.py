@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from trainers.child.control import Control, Wire
 from trainers.child.failure import Stopped, TrainFailure, describe
 from trainers.child.memory import MemoryLimit
+from trainers.child.model import resolve_precision
 from trainers.child.world import World, device_of, join
 from trainers.config import TrainConfig
 
@@ -38,7 +40,13 @@ def _run(config: TrainConfig, rank: int, size: int, control: Control) -> None:
     make_deterministic(config)
     world = join(rank, size, config, device)
     control.join(world)
+    config = replace(config, precision=_agreed(config, world))
     recipe(config).run(config, world, control, memory)
+
+
+def _agreed(config: TrainConfig, world: World) -> str:
+    """Processors of several nodes need not be alike; ranks of two precisions would train two models."""
+    return "fp32" if world.sum(resolve_precision(config) == "fp32")[0] else "bf16"
 
 
 RECIPES = {

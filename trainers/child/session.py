@@ -127,8 +127,6 @@ class Session:
         try:
             self._run(trainer, facts)
         finally:  # a run that fails keeps the checkpoint that it was writing
-            with contextlib.suppress(OSError, RuntimeError, SafetensorError, TrainFailure):
-                self._tell()
             with contextlib.suppress(OSError, RuntimeError, SafetensorError):
                 self._settle()
 

@@ -14,6 +14,8 @@ from torch.distributed import distributed_c10d
 
 from trainers.config import TrainConfig
 
+APART = timedelta(hours=12)
+
 
 @dataclass(frozen=True)
 class World:
@@ -63,6 +65,11 @@ class World:
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def meet(self) -> None:
+        """Where nodes may be hours apart: one has its rows as tokens already, another has not."""
+        if self.group is not None:
+            dist.monitored_barrier(self.group, timeout=APART)
 
     def barrier(self) -> None:
         self.from_first(0)

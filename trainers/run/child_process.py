@@ -255,7 +255,7 @@ def meeting_over(address: str | None) -> dict[str, str]:
         return {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     for interface, addresses in psutil.net_if_addrs().items():
         if any(one.address == address for one in addresses):
-            return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+            return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     raise Unavailable(
         f"no network interface of this node has the address {address}, by which other nodes reach it",
         code="node_unavailable",

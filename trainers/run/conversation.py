@@ -7,7 +7,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -20,6 +20,7 @@ from trainers.run.ports import DriverStore, StepRow
 from trainers.run.records import RecordWriter
 
 LEVELS = ("info", "warning", "error")
+MAX_WAITING_ORDERS = 1000
 PROGRESS_S = 30.0
 """Between two events of the same long pass."""
 
@@ -81,9 +82,9 @@ class Conversation:
         self._on_turn = listeners.turn
         self._on_gone = listeners.gone
         self._orders: collections.deque[Order] = collections.deque()
-        self._to_all: list[Order] = []
-        self._told: collections.Counter[str] = collections.Counter()
-        self._companions: set[str] = set()
+        self._companions: dict[str, collections.deque[Order]] = {}
+        self._said_hello: set[str] = set()
+        self._companions_end = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._at: dict[str, float] = {}
@@ -132,7 +133,14 @@ class Conversation:
 
     def kill(self) -> None:
         self._orders.append({"order": "end"})
-        self._to_all.append({"order": "end"})
+        self._end_companions()
+
+    def with_companions(self, nodes: Iterable[str]) -> None:
+        """The gang's other nodes: those without rank 0."""
+        self._companions = {node: collections.deque(maxlen=MAX_WAITING_ORDERS) for node in nodes}
+
+    def _end_companions(self) -> None:
+        self._companions_end = True
 
     def relay(self, records: list[Record]) -> list[Order]:
         """Takes what the worker of rank 0 says, gives what it shall do."""
@@ -150,17 +158,22 @@ class Conversation:
         before their time."""
         with self._lock:
             for record in records:
-                if record["type"] == "hello":
-                    self._companions.add(node)
-                elif record["type"] in ("failed", "lost") and self.intent is None and not self.archiving:
-                    self._tail(record)
-                    hello = node in self._companions
-                    self._on_end(
-                        _failed_outcome(record) if record["type"] == "failed" else _lost_outcome(record, hello)
-                    )
-        orders = self._to_all[self._told[node] :]
-        self._told[node] += len(orders)
-        return orders
+                self._hear_companion(node, record)
+        if self._companions_end:
+            return [{"order": "end"}]
+        waiting = self._companions[node]
+        return [waiting.popleft() for _ in range(len(waiting))]
+
+    def _hear_companion(self, node: str, record: Record) -> None:
+        kind = record["type"]
+        if kind == "hello":
+            self._said_hello.add(node)
+        elif kind == "log":
+            self._log({**record, "message": f"{node}: {record['message']}"})
+        elif kind in ("failed", "lost") and self.intent is None and not self.archiving:
+            self._tail(record)
+            hello = node in self._said_hello
+            self._on_end(_failed_outcome(record) if kind == "failed" else _lost_outcome(record, hello))
 
     def stage(self, stage: str, seconds: float) -> None:
         """An event that says where the time went."""
@@ -253,6 +266,7 @@ class Conversation:
             self.kill()
             return
         self.archiving = True
+        self._end_companions()  # what they may lose from now on, their nodes too, is nothing
         self._at["finished"] = record["at"]
         self._move(JobState.ARCHIVING, "storing the model")
 
@@ -284,8 +298,9 @@ class Conversation:
         self._on_end(_lost_outcome(record, hello_heard="hello" in self._at))
 
     def _release(self, record: Record) -> None:
-        """Parked ranks of other nodes wait for a word of the first one."""
-        self._to_all.append({"order": "release", "action": record["action"]})
+        """Parked ranks of other nodes wait for a word of the first one. One that says it without end harms its own gang."""
+        for waiting in self._companions.values():
+            waiting.append({"order": "release", "action": record["action"]})
 
     def _tail(self, record: Record) -> None:
         self.event("child_output", "the last lines of its output", {"lines": record["log_tail"]}, "warning")

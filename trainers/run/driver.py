@@ -3,6 +3,7 @@ what happens. Without Ray; `trainers.run.launch` makes it an actor."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -30,7 +31,9 @@ HEARTBEAT_S = 1.0
 scheduler at once: it nudges."""
 
 _FORCED_S = 15.0
-_LEAVE_S = 5.0
+_LEAVE_S = 15.0
+_OWN_WORD_S = 5.0
+"""For the node of a rank that is gone to say why: its log is stored first."""
 _INTENTS = {Wish.CANCEL: Intent.CANCEL, Wish.PAUSE: Intent.PAUSE}
 
 
@@ -105,11 +108,13 @@ class JobDriver:
     def _first_hand(self, outcome: Outcome) -> Outcome:
         if len(self._tasks) < 2 or not outcome.is_hearsay:
             return outcome
-        try:
-            other = self._outcomes.get(timeout=4 * self._settings.relay_s)
-        except queue.Empty:
-            return outcome
-        return outcome if other.is_hearsay else other
+        deadline = time.monotonic() + _OWN_WORD_S
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                other = self._outcomes.get(timeout=left)
+                if other.state is None or (other.error is not None and not other.is_hearsay):
+                    return other
+        return outcome
 
     def _start_thread(self, target: Callable[[], None]) -> None:
         """A thread that dies of what nobody foresaw takes the driver along: better dead than half alive."""
@@ -150,6 +155,8 @@ class JobDriver:
     def _prepare_and_run(self) -> None:
         assignment = self._assignment = self._read_assignment()
         self._tasks = prepare(assignment, self._agents, self._settings, self._conversation.stage)
+        _, *companions = self._tasks
+        self._conversation.with_companions(companions)
         scratch = next(iter(self._tasks.values())).scratch
         name = f"{assignment.tenant}-{assignment.job_id}-a{assignment.attempt}"
         self._gang_started = time.monotonic()

@@ -26,9 +26,10 @@ ANSWERED = 16
 """Questions that an evaluation answers side by side, as `trainers.child.evaluate` has it."""
 BUCKET = 1 << 25
 """Elements of the buffer for gradients on their way, ZeRO 1 and 2, as `trainers.child.deepspeed_config` has it."""
-HELD_BACK = 0.75
-"""Of what a step frees, the share that the C library's allocator does not give again to the next that asks: torch aligns its
-tensors, and glibc before 2.38 does not find aligned room again. A process with a memory limit asks the kernel instead."""
+HELD_BACK = {4: 0.9, 2: 0.7}
+"""By the width of a number: of what a step frees, the share that the C library's allocator does not give again to the next
+that asks. torch aligns its tensors, and glibc before 2.38 does not find aligned room again. A process with a memory limit asks
+the kernel instead."""
 PARTS = (
     "weights",
     "gradients",
@@ -113,7 +114,7 @@ def footprint(shape: ModelShape, training: Training) -> dict[str, int]:
     if training.slots > 1 or training.parted:
         steady["buffers"] = _buffers(shape, training)
     if training.on_cpu and not training.bounded:
-        steady["allocator"] = int(HELD_BACK * (peak["activations"] + peak["workspace"]))
+        steady["allocator"] = int(HELD_BACK[training.width] * (peak["activations"] + peak["workspace"]))
     return steady | peak
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from cluster.errors import JobFailure
 
 NUMBER = (int, float)
+MAX_ACTION = 3
+"""Of `trainers.child.control`."""
 _Types = type | tuple[type, ...]
 
 FIELDS: dict[str, dict[str, _Types]] = {
@@ -46,6 +48,8 @@ def checked(message: Any) -> dict[str, Any]:
     cleaned: dict[str, Any] = _clean(message, kind)
     if kind in ("checkpoint", "finished"):
         _check_hashes(cleaned["sha256"], kind)
+    if kind == "release" and not 0 <= cleaned["action"] <= MAX_ACTION:
+        raise _violation("its message release has no proper action")
     return cleaned
 
 

@@ -168,6 +168,8 @@ class Nursery:
             if self._ahead.get(key) is prepared:
                 prepared.early = early
                 return
+            if key not in self._begun:
+                self._leaving[key] = early
         early.end()  # granted or let go meanwhile
 
 

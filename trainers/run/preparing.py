@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import queue
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -42,13 +43,11 @@ Files = dict[str, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Part:
-    """Of a gang: what one node has of it. `address`, `meeting_point`: where several nodes have parts."""
+    """Of a gang: what one node has of it."""
 
     node: str
     slots: tuple[int, ...]
     first_rank: int = 0
-    address: str | None = None
-    meeting_point: str | None = None
 
 
 def parts_of(assignment: Assignment) -> list[Part]:
@@ -61,28 +60,50 @@ def parts_of(assignment: Assignment) -> list[Part]:
 def prepare(assignment: Assignment, agents: Agents, settings: DriverSettings, report: Report) -> dict[str, WorkerTask]:
     """By node, the leading one first. The children start at once: they import and load while Ray starts its workers. `report`: of
     the leading node. Raises as `stage`."""
-    parts = _meeting(parts_of(assignment), agents)
-    with ThreadPoolExecutor(len(parts), "prepare") as each:
 
-        def staged(part: Part) -> WorkerTask:
-            told = report if part.first_rank == 0 else _untold
-            return stage(assignment, part, agents.of(part.node), settings, told)
+    def staged(part: Part) -> WorkerTask:
+        told = report if part.first_rank == 0 else _untold
+        return stage(assignment, part, agents.of(part.node), settings, told)
 
-        tasks = list(each.map(staged, parts))
+    parts = parts_of(assignment)
+    tasks = dict(zip((part.node for part in parts), _side_by_side(staged, parts), strict=True))
+    if len(tasks) > 1:
+        tasks = _meeting(tasks, agents)
+    return {node: replace(task, keeper=agents.of(node).start_child(task)) for node, task in tasks.items()}
+
+
+def _meeting(tasks: dict[str, WorkerTask], agents: Agents) -> dict[str, WorkerTask]:
+    """Asked for when all else is there: nobody keeps the port until rank 0 listens on it."""
+    points = {node: agents.of(node).meeting_point() for node in tasks}
+    at = next(iter(points.values()))
     return {
-        part.node: replace(task, keeper=agents.of(part.node).start_child(task))
-        for part, task in zip(parts, tasks, strict=True)
+        node: replace(task, address=points[node].rsplit(":", 1)[0], config={**task.config, "meeting_point": at})
+        for node, task in tasks.items()
     }
 
 
-def _meeting(parts: list[Part], agents: Agents) -> list[Part]:
+def _side_by_side(do: Callable[[Part], WorkerTask], parts: Sequence[Part]) -> list[WorkerTask]:
+    """In the order of the parts. Raises what the first to fail raises, at once: the others may be at it for an hour, in threads
+    that nobody waits for."""
     if len(parts) == 1:
-        return parts
-    points = [agents.of(part.node).meeting_point() for part in parts]
-    return [
-        replace(part, address=point.rsplit(":", 1)[0], meeting_point=points[0])
-        for part, point in zip(parts, points, strict=True)
-    ]
+        return [do(parts[0])]
+    done: queue.SimpleQueue[tuple[int, WorkerTask | Exception]] = queue.SimpleQueue()
+
+    def work(at: int, part: Part) -> None:
+        try:
+            done.put((at, do(part)))
+        except Exception as error:  # noqa: BLE001 - raised again by who waits
+            done.put((at, error))
+
+    for at, part in enumerate(parts):
+        threading.Thread(target=work, args=(at, part), name=f"prepare {part.node}", daemon=True).start()
+    found: dict[int, WorkerTask] = {}
+    while len(found) < len(parts):
+        at, made = done.get()
+        if isinstance(made, Exception):
+            raise made
+        found[at] = made
+    return [found[at] for at in range(len(parts))]
 
 
 def _untold(stage: str, seconds: float) -> None:
@@ -128,7 +149,6 @@ def stage(
         settings=settings,
         uid=assignment.uid,
         memory_gb=node.memory_gb * len(part.slots) if assignment.kind == CPU else None,
-        address=part.address,
     )
 
 
@@ -190,7 +210,6 @@ def train_config(
         world_size=assignment.placement.slots,
         first_rank=part.first_rank,
         node_ranks=len(part.slots),
-        meeting_point=part.meeting_point,
         devices=CPU if assignment.kind == CPU else "cuda",
         threads_per_slot=threads,
         checkpoint_every_s=settings.checkpoint_every_s,

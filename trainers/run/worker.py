@@ -32,6 +32,8 @@ FINGERPRINT_VARIABLE = "HELIOSTAT_ENV_FINGERPRINT"
 _LISTEN_S = 0.5
 _LEAVE_S = 10.0
 _UPLOAD_TRIES = 4
+_OF_COMPANIONS = ("hello", "log", "failed")
+"""All that is to be said on a gang's nodes without rank 0."""
 
 
 def work(driver: DriverHandle) -> None:
@@ -134,6 +136,8 @@ class Worker:
     def _hear(self, message: Record, uploads: ThreadPoolExecutor) -> bool:
         """Whether this was the child's last word."""
         kind = message["type"]
+        if self._task.config["first_rank"] and kind not in _OF_COMPANIONS:
+            raise _not_its_own(kind)
         if kind == "checkpoint":
             uploads.submit(self._store_checkpoint, message)
         elif kind == "failed":
@@ -247,6 +251,14 @@ class Worker:
                     child.channel.send("command", id=order["id"], command=order["command"])
         except OSError as error:  # it is leaving, or does not listen: the driver's grace period ends that
             log.info("an order did not reach the child of %s: %s", self._task.mark, error)
+
+
+def _not_its_own(kind: str) -> JobFailure:
+    return JobFailure(
+        f"a training process without rank 0 sent a message {kind}, which is for rank 0 alone",
+        code="protocol_violation",
+        hint="Training code must leave the control socket alone.",
+    )
 
 
 def _is_stop(message: Record) -> bool:

@@ -43,3 +43,15 @@ def test_the_operator_says_how_many_nodes_a_training_may_span() -> None:
         chosen([node("a", 2), node("b", 2)], 1, num_gpus=4, num_nodes=2)
     assert (caught.value.code, caught.value.param) == ("unsupported_num_nodes", "resource_config.num_nodes")
     assert "training.max_nodes" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "other", [{"region": "north"}, {"market": "spot"}, {"price_per_hour": 1.0}, {"memory_gb": 16.0}]
+)
+def test_slots_of_nodes_that_the_scheduler_holds_apart_are_not_added_up(other: dict[str, object]) -> None:
+    apart = node("b", 2)
+    for name, value in other.items():
+        setattr(apart, name, value)
+    with pytest.raises(HeliostatError) as caught:
+        chosen([node("a", 2), apart], 8, num_gpus=4, num_nodes=2)
+    assert caught.value.code == "does_not_fit"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,23 @@ from waiting import until
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Placement, Wish
+from cluster.errors import EnvironmentError_, JobFailure
 from cluster.processes import running_attempts
 from cluster.storage.objects import ObjectStore
+from runtime_envs.sandbox.host import ability
+from runtime_envs.sandbox.spec import Isolation
 from trainers.child.model import STATE_FILE
 from trainers.config import Hyperparams
 from trainers.run.child_process import Child, meeting_over, spawn
+from trainers.run.conversation import MAX_WAITING_ORDERS
 from trainers.run.driver import JobDriver
-from trainers.run.parts import DriverParts, DriverSettings, WorkerTask
+from trainers.run.parts import DriverParts, DriverSettings, Outcome, WorkerTask
 from trainers.run.preparing import Part, parts_of
+from trainers.run.worker import Worker
 
 pytestmark = pytest.mark.integration
 
+UID = 31_779
 TWO_NODES = {"n1": (0,), "n2": (0,)}
 HYPER: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "lr": 1e-2, "lora_r": 4, "lora_dropout": 0.1, "seed": 3}
 
@@ -45,19 +53,32 @@ class GangAgents:
 class GangOfNodes:
     """One job of a tiny model, placed as `nodes` says. `children`: pids of the launchers, by node."""
 
-    def __init__(self, root: Path, base: Path, nodes: dict[str, tuple[int, ...]] = TWO_NODES, **hyper: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        base: Path,
+        nodes: dict[str, tuple[int, ...]] = TWO_NODES,
+        isolation: Isolation = Isolation.OFF,
+        **hyper: Any,
+    ) -> None:
         self.storage = ObjectStore(str(root / "objects"))
         model = {file.name: file.read_bytes() for file in base.iterdir()}
         rows = b"".join(json.dumps(row).encode() + b"\n" for row in capital_rows(24))
         given = make_assignment(
-            self.storage, model, rows=rows, hyperparams=Hyperparams(**HYPER | hyper), placement=Placement(nodes)
+            self.storage,
+            model,
+            rows=rows,
+            hyperparams=Hyperparams(**HYPER | hyper),
+            placement=Placement(nodes),
+            uid=UID,
         )
         self.store = MemoryStore(given)
         self.agents = GangAgents(root, self.storage)
         self.gang = ThreadGang(self.storage, None)
         self.gang._spawn = self._spawn
         self.children: dict[str, int] = {}
-        settings = DriverSettings(str(root / "objects"), lease_ttl_s=0.3, relay_s=0.05, checkpoint_every_s=0.0)
+        times = {"lease_ttl_s": 0.3, "relay_s": 0.05, "checkpoint_every_s": 0.0}
+        settings = DriverSettings(str(root / "objects"), isolation=isolation, **times)
         self.driver = self.gang.driver = JobDriver(JOB, 1, DriverParts(self.store, settings), self.agents, self.gang)
         self._thread = threading.Thread(target=self.driver.run)
 
@@ -112,7 +133,7 @@ def test_two_nodes_compute_what_one_with_as_many_slots_does(
 def test_each_node_leaves_the_log_of_its_ranks(base: Path, tmp_path: Path) -> None:
     job = GangOfNodes(tmp_path, base, max_steps=1).run()
     logs = {key.split("/logs/a1/")[1].split("/")[0] for key in job.storage.keys(f"tenants/t1/jobs/{JOB}/logs/")}
-    assert logs <= {"r0", "r1"} and not job.store.error
+    assert logs == {"r0", "r1"} and not job.store.error
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -207,5 +228,68 @@ def test_the_largest_part_leads(base: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_meet_on_the_interface_that_has_the_nodes_address() -> None:
-    assert meeting_over("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    assert meeting_over("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
     assert meeting_over(None)["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.skipif(ability().mode is None, reason=f"no sandbox here: {ability().problem}")
+def test_in_sandboxes_they_meet_over_the_nodes_network(on_one_node: GangOfNodes, base: Path) -> None:
+    root = Path(tempfile.mkdtemp(prefix="gang"))
+    root.chmod(0o755)  # the tenant's user must come through
+    try:
+        job = GangOfNodes(root, base, isolation=Isolation.REQUIRED).run()
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    assert job.store.state is JobState.SUCCEEDED, job.store.error
+    assert job.losses == on_one_node.losses
+
+
+def test_a_child_without_rank_0_stores_nothing(tmp_path: Path) -> None:
+    """It would write over what rank 0's node stores."""
+    task = WorkerTask(
+        "j", 1, "t1", "f" * 64, "python", str(tmp_path), {"output_dir": str(tmp_path), "first_rank": 1}, "", 1,
+        DriverSettings(str(tmp_path)),
+    )  # fmt: skip
+    worker = Worker(task, NoDriver(), ObjectStore(str(tmp_path)))  # type: ignore[arg-type]
+    for message in ({"type": "checkpoint"}, {"type": "finished"}, {"type": "ack", "command": "stop"}):
+        with pytest.raises(JobFailure) as caught:
+            worker._hear(message, None)  # type: ignore[arg-type]
+        assert caught.value.code == "protocol_violation"
+
+
+class NoDriver: ...
+
+
+def test_a_node_that_cannot_be_prepared_ends_the_attempt_though_another_is_still_at_it(
+    base: Path, tmp_path: Path
+) -> None:
+    job = GangOfNodes(tmp_path, base)
+    job.agents.nodes["n1"].hold.clear()
+    job.agents.nodes["n2"].fails = EnvironmentError_("numpy 1 and 2", code="environment_unsolvable")
+    try:
+        job.run()
+    finally:
+        job.agents.nodes["n1"].hold.set()
+    assert job.store.state is JobState.FAILED
+
+
+def test_who_only_knows_that_another_is_gone_waits_for_that_ones_word(base: Path, tmp_path: Path) -> None:
+    job = GangOfNodes(tmp_path, base)
+    job.driver._tasks = {"n1": None, "n2": None, "n3": None}  # type: ignore[dict-item]
+    gone = {"code": "rank_lost"}
+    hearsay, word = (
+        Outcome(JobState.RECOVERING, "", gone),
+        Outcome(JobState.FAILED, "", {"code": "memory_limit_exceeded"}),
+    )
+    for outcome in (hearsay, Outcome(JobState.RECOVERING, "the worker group was lost"), word):
+        job.driver._outcomes.put(outcome)
+    assert job.driver._first_hand(hearsay) is word
+
+
+def test_one_that_releases_without_end_fills_no_memory(base: Path, tmp_path: Path) -> None:
+    talk = GangOfNodes(tmp_path, base).driver._conversation
+    flood = [{"type": "release", "action": 1, "at": 0.0}] * 5000
+    talk.relay(flood)
+    talk.with_companions(["n2"])
+    talk.relay(flood)
+    assert len(talk.relay_companion("n2", [])) == MAX_WAITING_ORDERS and talk.relay_companion("n2", []) == []

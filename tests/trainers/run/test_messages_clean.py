@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.errors import JobFailure
 from trainers.run.messages import checked
 
 
@@ -13,3 +14,9 @@ def test_text_that_postgresql_cannot_hold_is_replaced(text: str) -> None:
     assert cleaned["message"] in ("a\ufffdb", "a?b")
     cleaned["message"].encode()
     assert str(cleaned["more"]).isprintable()
+
+
+@pytest.mark.parametrize("action", [-1, 4, 10**4000, True, "1", None])
+def test_only_what_rank_0_can_decide_is_released(action: object) -> None:
+    with pytest.raises(JobFailure):
+        checked({"type": "release", "action": action})
