@@ -34,7 +34,7 @@ from app.db.scheduler_store import SqlSchedulerStore  # noqa: E402
 from app.db.session import Database  # noqa: E402
 from benchmarks.hardware import hardware  # noqa: E402
 from cluster.core.job import Node  # noqa: E402
-from cluster.ports import Attempt, NodeReport, SchedulerParts, SchedulerSettings  # noqa: E402
+from cluster.ports import Attempt, NodeReport, SchedulerParts, SchedulerSettings, StagedModel  # noqa: E402
 from cluster.scheduler import Scheduler  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,6 +75,8 @@ class ManyNodes:
 
     def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
         return ()
+
+    def stage_ahead(self, node: str, model: StagedModel) -> None: ...
 
     def prepare_ahead(self, node: str, coming: Any) -> None: ...
 
