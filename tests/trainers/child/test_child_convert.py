@@ -14,6 +14,7 @@ from trainers.child.convert import main
 
 
 def convert(capsys: pytest.CaptureFixture[str], source: object, out: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()  # what making the source has printed
     code = main([str(source), str(out), *options])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1, "one JSON object, and nothing else"
