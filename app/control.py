@@ -13,9 +13,12 @@ from types import FrameType
 import ray
 from ray.exceptions import RayError
 
-from app import deploy, wiring
+from app import deploy
 from app.importer import ensure_importer
 from app.settings import Settings, load_settings
+from app.wiring.agent import agent_parts
+from app.wiring.importer import importer_parts
+from app.wiring.scheduler import scheduler_parts
 from cluster.client import ensure_agents, ensure_scheduler
 from cluster.errors import HeliostatError
 
@@ -27,9 +30,9 @@ log = logging.getLogger("heliostat.control")
 
 def keep(settings: Settings) -> None:
     """One look at everything."""
-    ensure_scheduler(wiring.scheduler_parts)
-    ensure_agents(wiring.agent_parts)
-    ensure_importer(wiring.importer_parts)
+    ensure_scheduler(scheduler_parts)
+    ensure_agents(agent_parts)
+    ensure_importer(importer_parts)
     if not deploy.healthy():
         deploy.deploy(settings)
 

@@ -16,7 +16,7 @@ MAX_ONGOING_REQUESTS = 1000
 
 def _build() -> Any:
     # Runs in the replica: only there are the database, the keys and FastAPI needed.
-    from app.wiring import http_app
+    from app.wiring.api import http_app
 
     return http_app()
 

@@ -124,7 +124,7 @@ class DriverLauncher(Protocol):
         ...
 
     def end(self, job_id: str, attempt: int) -> None:
-        """Ends the driver actor of this attempt and its Train controller, if they are there."""
+        """Ends the driver actor of this attempt, and with it what it owns, if it is there."""
         ...
 
 

@@ -57,6 +57,7 @@ class JobDriver:
         self._limits = Limits(parts.store)
         self._leaving = threading.Event()
         self._broken = False
+        self._clearing = False
         self._assignment: Assignment | None = None
         self._tasks: dict[str, WorkerTask] = {}
         self._gang_over = threading.Event()
@@ -72,8 +73,8 @@ class JobDriver:
 
     def task(self, node: str) -> WorkerTask:
         """For a node's worker that has come up."""
-        if node not in self._tasks:
-            raise RuntimeError(f"a worker started on {node} before its task was there")
+        if node not in self._tasks or self._clearing:
+            raise RuntimeError(f"a worker started on {node} before its task was there, or when it was over")
         if self._leads(node):
             self._conversation.stage("worker_start", time.monotonic() - self._gang_started)
         return self._tasks[node]
@@ -250,6 +251,7 @@ class JobDriver:
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _clear(self) -> None:
+        self._clearing = True
         if len(self._tasks) > 1:  # those that follow wait for a word, and have a log to store
             self._conversation.kill()
             self._gang_over.wait(_LEAVE_S)

@@ -10,8 +10,9 @@ import ray
 from ray.exceptions import RayActorError, RayError, RaySystemError
 
 from cluster.errors import HeliostatError, Unavailable
+from trainers.run.actors import NAMESPACE, RayAgents, driver_name, kill_actor
 from trainers.run.driver import JobDriver
-from trainers.run.gang import NAMESPACE, RayAgents, RayGang, controller_name, driver_name, kill_actor
+from trainers.run.gang import RayGang
 from trainers.run.parts import DriverParts, Order, Record, WorkerTask
 
 log = logging.getLogger(__name__)
@@ -126,10 +127,9 @@ class RayDriverLauncher:
             log.debug("the driver of job %s attempt %d was not nudged: %s", job_id, attempt, error)
 
     def end(self, job_id: str, attempt: int) -> None:
-        """The driver first: a controller that is ended before it would look like a fault to it."""
+        """Its workers are its own: Ray ends them with it."""
         try:
             kill_actor(driver_name(job_id, attempt))
-            kill_actor(controller_name(job_id, attempt))
         except RayError as error:
             raise _ray_silent(error) from error
 

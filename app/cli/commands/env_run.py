@@ -49,7 +49,7 @@ def run(
 
 
 def _materialized(settings: Settings, lock: dict[str, Any]) -> Path:
-    from app.wiring import NodeEnvironments, node_environments  # brings Ray along, which other commands do without
+    from app.wiring.environments import NodeEnvironments, node_environments  # other commands do without the solver
 
     return Path(NodeEnvironments(node_environments(settings)).materialize(lock).python)
 

@@ -228,6 +228,13 @@ def test_cancel_does_not_wait_for_a_slow_environment(tmp_path: Path) -> None:
     made.agent.hold.set()
 
 
+def test_a_worker_that_comes_up_when_all_is_over_gets_no_task(tmp_path: Path) -> None:
+    made = run(world(tmp_path))
+    assert made.store.state is JobState.SUCCEEDED
+    with pytest.raises(RuntimeError, match="over"):
+        made.driver.task("n1")
+
+
 def test_too_long_a_run_fails_with_its_checkpoint_kept(tmp_path: Path) -> None:
     made = run(world(tmp_path, does.SLOW, max_runtime_s=10.0, ran_s=10.0))
     assert made.store.state is JobState.FAILED
