@@ -60,6 +60,8 @@ class _Workers(WorkerGroupCallback):
         self._ended = False
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Train's barrier is ended: an idle process for each job, for `ray.train.report`, which nobody calls."""
+        ray.kill(worker_group.get_worker_group_state().sync_actor)
         with self._lock:
             self._actors = [worker.actor for worker in worker_group.get_workers()]
             if not self._ended:

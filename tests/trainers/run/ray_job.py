@@ -3,6 +3,7 @@ whose driver is killed. Prints what it saw as JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from fakes_driver import make_assignment
-from wiring_run import NAMESPACE, Rows, driver_parts, objects_url, start_agent
+from wiring_run import NAMESPACE, ROOT_VARIABLE, Rows, driver_parts, objects_url, start_agent
 
 from cluster.core.job import JobState, Placement
 from cluster.processes import running_attempts
@@ -55,9 +57,9 @@ def main() -> None:
 
 
 def left_actors() -> list[str]:
-    """Of attempts; Train also keeps one coordinator for the whole cluster."""
+    """Of attempts."""
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    return [name for name in names if name.startswith(("job-", "train-"))]
+    return [name for name in names if name.startswith("job-")]
 
 
 Slots = dict[str, tuple[int, ...]]
@@ -99,11 +101,23 @@ def killed_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[st
     rows = rows_of(storage, model, steps=100_000)
     launcher.start("ftjob-1", 1)
     until(lambda: look(rows)["steps"])
+    processes = titles()
     launcher.end("ftjob-1", 1)
     gone = until(lambda: ("ftjob-1", 1) not in running_attempts())
     alive = launcher.alive("ftjob-1", 1)
     ray.kill(rows)
-    return {"child_gone_after_s": gone, "alive": alive}
+    return {"child_gone_after_s": gone, "alive": alive, "processes": processes}
+
+
+def titles() -> list[str]:
+    """Of this cluster's processes that Ray made for actors."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and process.environ().get(ROOT_VARIABLE) == os.environ[ROOT_VARIABLE]:
+                found.append(title)
+    return found
 
 
 if __name__ == "__main__":

@@ -118,5 +118,9 @@ def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path
     assert over_nodes["steps"] == [1, 2, 3]
     assert seen["killed"]["alive"] is False
     assert seen["killed"]["child_gone_after_s"] < 10
+    of_job = [
+        title for title in seen["killed"]["processes"] if "Train" in title or "Driver" in title or "Sync" in title
+    ]
+    assert len(of_job) == 2, of_job  # the driver and the worker: nothing of Train's own
     assert set(seen["groups"]) == {"REMOVED"}
     print(json.dumps(seen))
