@@ -113,9 +113,10 @@ class Margins:
         """Summed over the pairs."""
         return -F.logsigmoid(self.values).sum()
 
-    def measures(self) -> tuple[float, float]:
-        """(pairs in which the chosen answer has the higher reward, sum of the margins)."""
-        return float((self.values > 0).sum()), float(self.values.detach().sum())
+    def measures(self) -> torch.Tensor:
+        """[loss; pairs in which the chosen answer has the higher reward; margins], each summed over the pairs."""
+        values = self.values.detach()
+        return torch.stack((-F.logsigmoid(values).sum(), (values > 0).sum().to(values), values.sum())).double()
 
 
 def margins(log_probs: torch.Tensor, reference: torch.Tensor, beta: float) -> Margins:

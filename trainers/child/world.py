@@ -34,14 +34,12 @@ class World:
         dist.all_reduce(tensor, group=self.group)
         return [float(value) for value in tensor]
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """Summed over all ranks; on an accelerator nobody waits for it."""
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Each summed over all ranks; on an accelerator nobody waits for it."""
         if self.group is None:
-            return value
-        if self.device == "cpu":
-            return torch.tensor(self.sum(float(value))[0], dtype=torch.float64)
-        summed = value.double()
-        dist.all_reduce(summed)
+            return values
+        summed = values.double()
+        dist.all_reduce(summed, group=self.group if self.device == "cpu" else None)
         return summed
 
     def from_first(self, value: int) -> int:

@@ -41,11 +41,12 @@ class ZeroEngine:
         # DeepSpeed takes the mean over the ranks; the parts are meant to be summed
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor | float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm: torch.Tensor | float = self._engine.get_global_grad_norm()
+        return norm
 
     def state(self) -> Iterator[Named]:
         """Put together from the ranks' parts, parameter by parameter."""

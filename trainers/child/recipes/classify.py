@@ -14,6 +14,7 @@ from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
 from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_classifier, names_of
+from trainers.child.loss import sent
 from trainers.child.memory import MemoryLimit
 from trainers.child.rows import read_data
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
@@ -67,16 +68,18 @@ class Classifier(torch.nn.Module):
         ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         device = self.model.device
-        logits: torch.Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        logits: torch.Tensor = self.model(input_ids=sent(ids, device), attention_mask=sent(mask, device)).logits
         return logits.float()
 
     def loss(self, examples: Sequence[Labelled]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross-entropy summed over the rows, the classes that were told)."""
+        """The cross-entropy summed over the rows; [that; rows that were told right], detached, in fp64."""
         logits = self(examples)
         if not examples:
-            return logits.sum() * 0.0, logits[:0].argmax(-1)
-        labels = torch.tensor([one.label for one in examples], device=logits.device)
-        return F.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1)
+            return logits.sum() * 0.0, logits.new_zeros(2, dtype=torch.float64)
+        labels = sent(torch.tensor([one.label for one in examples]), logits.device)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.detach().argmax(-1) == labels).sum()
+        return loss, torch.stack((loss.detach().double(), right.double()))
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,15 @@ class _Trainer:
         """The loss is the mean over the rows of the global batch."""
         batch, lr = self.plan.batch(step), self.plan.lr(step)
         pieces = micro_batches(batch, self.world.rank, self.world.size, self.micro.size)
-        total, right = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for number, rows in enumerate(pieces, 1):
-            examples = [self.examples[row] for row in rows]
-            summed, told = self.classifier.loss(examples)
-            part = summed / len(batch)
-            self.engine.backward(part, last=number == len(pieces))
-            total += float(part.detach())
-            right += count_right(examples, told)
-        mean, all_right = self.world.sum(total, right)
+            loss, measured = self.classifier.loss([self.examples[row] for row in rows])
+            self.engine.backward(loss / len(batch), last=number == len(pieces))
+            sums += measured
+        mean, right = self.world.total(sums) / len(batch)
         norm = update(self.engine, lr)
         tokens = sum(len(self.examples[row].ids) for row in batch)
-        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, "accuracy": all_right / len(batch)}
+        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, "accuracy": right}
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,10 @@ class _Judge:
     def run(self, examples: Sequence[Labelled]) -> Fields:
         """{loss, accuracy, rows, samples}. Raises Stopped."""
         self.classifier.eval()
-        total, right = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in self._batches(examples):
-            summed, told = self.classifier.loss(batch)
-            total += float(summed)
-            right += count_right(batch, told)
-        loss, accuracy = (value / len(examples) for value in self.world.sum(total, right))
+            sums += self.classifier.loss(batch)[1]
+        loss, accuracy = (self.world.total(sums) / len(examples)).tolist()
         samples = self._samples(examples[: self.shown])
         self.classifier.train()
         return {"loss": loss, "accuracy": accuracy, "rows": len(examples), "samples": samples}
@@ -142,14 +140,10 @@ class _Judge:
 
     def _samples(self, examples: Sequence[Labelled]) -> list[dict[str, str]]:
         """Asked on all ranks, which may need each other's part of the weights; told by the first."""
-        _, told = self.classifier.loss(examples)
+        told = self.classifier(examples).argmax(-1)[: len(examples)]
         if self.world.rank != 0:
             return []
         return [
             {"prompt": one.text[-SAMPLE_CHARS:], "expected": self.names[one.label], "answer": self.names[answer]}
             for one, answer in zip(examples, told.tolist(), strict=True)
         ]
-
-
-def count_right(examples: Sequence[Labelled], told: torch.Tensor) -> int:
-    return sum(one.label == answer for one, answer in zip(examples, told.tolist(), strict=True))

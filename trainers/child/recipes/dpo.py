@@ -12,7 +12,7 @@ import torch
 from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
-from trainers.child.loss import SummedLoss
+from trainers.child.loss import SummedLoss, sent
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
 from trainers.child.optimizer import Named, Saved
@@ -132,16 +132,15 @@ class _Trainer:
         """The loss is the mean over the pairs of the global batch."""
         batch, world = self.plan.batch(step), self.policy.world
         pieces = micro_batches(batch, world.rank, world.size, self.micro.size)
-        sums = [0.0, 0.0, 0.0]
+        sums = self._no_measures()
         for number, rows in enumerate(pieces, 1):
             found = self._margins([self.pairs[row] for row in rows], self.engine.reference["train"][rows])
-            part = found.loss() / len(batch)
-            self.engine.backward(part, last=number == len(pieces))
-            sums = _added(sums, float(part.detach()), *found.measures())
-        mean, right, margin = world.sum(*sums)
+            self.engine.backward(found.loss() / len(batch), last=number == len(pieces))
+            sums += found.measures()
+        mean, right, margin = world.total(sums) / len(batch)
         lr = self.plan.lr(step)
         norm = update(self.engine, lr)
-        measured = {"reward_accuracy": right / len(batch), "reward_margin": margin / len(batch)}
+        measured = {"reward_accuracy": right, "reward_margin": margin}
         tokens = sum(self.pairs[row].tokens for row in batch)
         return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens, **measured}
 
@@ -149,18 +148,16 @@ class _Trainer:
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Raises Stopped."""
         self.policy.loss.eval()
-        sums = [0.0, 0.0, 0.0]
+        sums = self._no_measures()
         for batch in self.policy.batches(len(pairs), self.micro.size):
-            found = self._margins([pairs[i] for i in batch], self.engine.reference["validation"][batch])
-            sums = _added(sums, float(found.loss()), *found.measures())
+            sums += self._margins([pairs[i] for i in batch], self.engine.reference["validation"][batch]).measures()
         self.policy.loss.train()
-        loss, right, margin = (value / len(pairs) for value in self.policy.world.sum(*sums))
+        loss, right, margin = (self.policy.world.total(sums) / len(pairs)).tolist()
         return {"loss": loss, "reward_accuracy": right, "reward_margin": margin, "rows": len(pairs)}
 
     def _margins(self, pairs: Sequence[Pair], reference: torch.Tensor) -> Margins:
         log_probs = self.policy.log_probs(pairs)
-        return margins(log_probs, reference.to(log_probs), self.beta)
+        return margins(log_probs, sent(reference.to(log_probs.dtype), log_probs.device), self.beta)
 
-
-def _added(sums: Sequence[float], *more: float) -> list[float]:
-    return [one + other for one, other in zip(sums, more, strict=True)]
+    def _no_measures(self) -> torch.Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=self.policy.world.device)
