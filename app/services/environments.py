@@ -121,8 +121,9 @@ class EnvironmentService:
 
 def _checked(node: str, outcome: CheckedEnvironment | HeliostatError) -> dict[str, Any]:
     if isinstance(outcome, HeliostatError):
-        return {"node": node, "status": "failed", "damaged": [], "error": outcome.message}
-    return {"node": node, "status": outcome.status, "damaged": list(outcome.damaged[:MAX_NAMES]), "error": None}
+        return {"node": node, "status": "failed", "damaged": [], "error": outcome.message, "hint": outcome.hint}
+    damaged = list(outcome.damaged[:MAX_NAMES])
+    return {"node": node, "status": outcome.status, "damaged": damaged, "error": None, "hint": None}
 
 
 def insert_environment(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
