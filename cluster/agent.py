@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.job import Node
-from cluster.detect import detect
+from cluster.detect import detect, usable_cpus
 from cluster.environment_checks import EnvironmentChecks, Note
 from cluster.ports import (
     AgentParts,
@@ -73,7 +73,7 @@ class NodeAgent:
         node = replace(here.offer, environments=has, models=here.staging.models(), draining=draining)
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
         ours -= here.children.waiting() if here.children else frozenset()
-        return NodeReport(node, ours, leaves_at, here.checks.last(has))
+        return NodeReport(node, ours, leaves_at, here.checks.last(has), usable_cpus())
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`."""

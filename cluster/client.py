@@ -122,8 +122,9 @@ def ask(answer: Any, timeout_s: float) -> Any:
     try:
         return ray.get(answer, timeout=timeout_s)
     except RayError as error:
-        if isinstance(error, Fenced | Unavailable):
-            raise
+        # Not Ray's own form of it, whose `code` is that of the class and whose words are a stack.
+        if isinstance(error, RayTaskError) and isinstance(error.cause, HeliostatError):
+            raise error.cause from None
         raise _unavailable("an actor did not answer", error) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -90,21 +91,46 @@ def cpu_slots() -> int:
 
 def machine_memory_gb() -> float:
     """Of the machine, or of the container or control group where that has less."""
-    return min([psutil.virtual_memory().total, *_group_limits()]) / GIB
+    return min([psutil.virtual_memory().total, *_memory_limits()]) / GIB
 
 
-def _group_limits() -> Iterator[int]:
-    """Of the control group that this process is in, and of all above it. Version 2 says "max" where there is none, version 1 a
-    number that is larger than any machine."""
+def usable_cpus() -> int:
+    """Processors that this process may run on: by its affinity, and by the quota of its container or control group."""
+    return max(1, min([len(os.sched_getaffinity(0)), *_cpu_limits()]))
+
+
+def _memory_limits() -> Iterator[int]:
+    """Bytes. Version 1 says a number that is larger than any machine where there is none."""
+    for folder in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (limit := _read(folder / name)).isdecimal():
+                yield int(limit)
+
+
+def _cpu_limits() -> Iterator[int]:
+    """Whole processors: what runs on a part of one holds all others up."""
+    for folder in _groups("cpu"):
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        if not period:
+            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal():
+            yield int(quota) // int(period)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Folders of the control group that this process is in, and of all above it. Their files say "max" (version 2) or -1 (version 1)
+    where there is no limit."""
     for line in _OWN_GROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            top, name = _GROUPS / "memory", "memory.limit_in_bytes"
+        if controller in controllers.split(","):
+            top = _GROUPS / controller
         elif not controllers:
-            top, name = _GROUPS, "memory.max"
+            top = _GROUPS
         else:
             continue
         # A container may see its own group as the top one, under the path that it has outside.
-        for folder in (top, *(top / above for above in (Path(path.lstrip("/")), *Path(path.lstrip("/")).parents))):
-            if (file := folder / name).is_file() and (limit := file.read_text().strip()).isdecimal():
-                yield int(limit)
+        yield from (top, *(top / above for above in (Path(path.lstrip("/")), *Path(path.lstrip("/")).parents)))
+
+
+def _read(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""

@@ -35,6 +35,8 @@ class Hints:
         self._asking = asking
         self._named: dict[str, list[Attempt]] = {}
         self._begun = False
+        self._logged: set[tuple[str, type[Exception]]] = set()
+        """Of jobs that are named: each poll meets the same."""
 
     def tell(self, facts: Facts, active: Iterable[ActiveJob], changed: Collection[str]) -> None:
         """To be called now and then: what a node is not told of again it lets go. `changed`: jobs whose rows know better
@@ -46,6 +48,8 @@ class Hints:
             self._begun = bool(self._named)
         self._drop(facts, active)
         self._name(facts, changed)
+        ids = {job_id for keys in self._named.values() for job_id, _ in keys}
+        self._logged.difference_update([one for one in tuple(self._logged) if one[0] not in ids])
         for name, keys in list(self._named.items()):
             said = self._asking.ask(
                 f"what {name} expects", partial(self._say, self._upcoming, facts.pools.nodes[name], tuple(keys))
@@ -90,11 +94,19 @@ class Hints:
         for key in self._nodes.expect(node.name, keys):
             try:
                 self._nodes.prepare_ahead(node.name, upcoming(key, node))
-            except HeliostatError as error:  # it waits no more, or its driver will meet the same
-                log.info("node %s does not prepare for job %s: %s", node.name, key[0], error.message)
-            except Exception:  # one row that cannot be read must not stop the scheduler, nor the hints of others
-                log.exception("node %s does not prepare for job %s", node.name, key[0])
+            except Exception as error:  # noqa: BLE001 - one row must not stop the scheduler, nor the hints of others
+                self._log_once(node.name, key[0], error)
         return keys
+
+    def _log_once(self, node: str, job_id: str, error: Exception) -> None:
+        if (job_id, type(error)) in self._logged:
+            return
+        self._logged.add((job_id, type(error)))
+        if isinstance(error, HeliostatError):  # it waits no more, or its driver will meet the same
+            log.info("node %s does not prepare for job %s: %s", node, job_id, error)
+        else:
+            words = "nothing is prepared ahead for job %s, whose row cannot be read (its driver may fail alike): %r"
+            log.error(words, job_id, error, exc_info=error)
 
 
 def first_in_line(waiting: Waiting, count: int) -> list[Job]:

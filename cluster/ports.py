@@ -143,12 +143,14 @@ class EnvironmentCheck:
 @dataclass(frozen=True)
 class NodeReport:
     """What a node's agent sees: what it offers, and the attempts with a living process on it. `leaves_at`: it was told that
-    it goes away then (Unix seconds). `checks`: the newest of each environment and kind."""
+    it goes away then (Unix seconds). `checks`: the newest of each environment and kind. `cpus`: processors that its trainings may
+    use, all together."""
 
     node: Node
     attempts: frozenset[Attempt] = frozenset()
     leaves_at: float | None = None
     checks: tuple[EnvironmentCheck, ...] = ()
+    cpus: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from runtime_envs.conda.lock import is_conda
 from runtime_envs.conda.materialize import CondaEnvironments
 from runtime_envs.conda.repair import Repaired, Site, repair_files
 from runtime_envs.conda.solve import CondaPlaces, solve_conda
-from runtime_envs.errors import DAMAGED, DISK_FULL, NOT_READY, EnvironmentProblem
+from runtime_envs.errors import CHECK_FAILED, DAMAGED, DISK_FULL, NOT_READY, EnvironmentProblem
 from runtime_envs.flock import held
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.lock import Solved, solve
@@ -27,6 +28,7 @@ from runtime_envs.materialize import (
     Prepared,
     build_failed,
     caches_lock,
+    damaged_problem,
     lock_file,
 )
 from runtime_envs.spec import parse_spec
@@ -83,24 +85,31 @@ class Environments:
         return self._host.materialize(lock)
 
     def verify(self, fingerprint: str, *, full: bool) -> list[str]:
-        """The files that are not as they were made. Raises EnvironmentProblem `environment_not_ready`."""
+        """The files that are not as they were made. Raises EnvironmentProblem: `environment_not_ready`, and when all shall be read
+        `environment_check_failed`."""
         home = self.path(fingerprint)
         if not is_ready(home):
             raise EnvironmentProblem(
                 NOT_READY, f"Environment {fingerprint} is not on this node.",
                 hint="It is made when a job needs it.", fixable_by="operator",
             )  # fmt: skip
-        return full_verify(home) if full else quick_verify(home)
+        try:
+            return full_verify(home) if full else quick_verify(home)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise _check_failed(fingerprint, error) from error
 
     def repair(self, fingerprint: str) -> Repaired:
         """Checks all contents and puts back what changed; where that cannot be done file by file the environment is made
-        again, unless a job uses it. Raises EnvironmentProblem: `environment_not_ready`, `environment_damaged`, and what
-        `materialize` raises."""
+        again, unless a job uses it. Raises EnvironmentProblem: as `verify`, `environment_damaged`, and what `materialize`
+        raises."""
         damaged = self.verify(fingerprint, full=True)
         if not damaged:
             return Repaired((), (), ())
         home = self.path(fingerprint)
-        lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
+        try:
+            lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
+        except (OSError, ValueError) as error:  # nothing here knows any more what it is made of
+            raise damaged_problem(home, [LOCK, *damaged]) from error
         if not is_conda(lock) or MANIFEST in damaged:
             return self._again(fingerprint, lock, damaged)
         try:
@@ -128,3 +137,16 @@ class Environments:
             with tempfile.TemporaryDirectory() as scratch:
                 run_uv(["cache", "clean", *names, *cache], self._index or machine_index(), scratch=Path(scratch))
         return remove(self._root, fingerprint)
+
+
+def _check_failed(fingerprint: str, error: OSError | subprocess.CalledProcessError) -> EnvironmentProblem:
+    reason = str(error)
+    if isinstance(error, subprocess.CalledProcessError):  # its own words name the command, not what it was for
+        code = error.returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        reason = f"a process that reads its files {how}"
+    return EnvironmentProblem(
+        CHECK_FAILED, f"Environment {fingerprint} could not be checked on this node: {reason}.",
+        hint="Nothing was changed; check it again. Where it happens again: the node's memory, and the log of its agent.",
+        fixable_by="operator",
+    )  # fmt: skip

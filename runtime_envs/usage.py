@@ -30,12 +30,11 @@ def _commands() -> Iterator[str]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Hard links counted once. Raises CalledProcessError."""
+    """Hard links counted once. Files that go meanwhile make du fail after it has counted all others: what it says holds. Raises
+    CalledProcessError when it says nothing."""
     done = subprocess.run(
-        ["du", "--summarize", "--block-size=1", folder],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=DU_TIMEOUT_S,
+        ["du", "--summarize", "--block-size=1", folder], capture_output=True, text=True, timeout=DU_TIMEOUT_S
     )
+    if not done.stdout:
+        done.check_returncode()
     return int(done.stdout.split()[0])

@@ -33,7 +33,7 @@ MODULES = 100
 
 def write_channel(folder: Path, wheels: Path) -> Path:
     """`polite` needs greeter<2, `rude` numpy<2; `big` has 100 modules; `greeter` is there as 1.0 and 2.0; `left` and
-    `right` bring one path both."""
+    `right` bring one path both; `tilts` needs `left`, and with it the path is right's."""
     wheels.mkdir()
     for name, version in BASE.items():
         write_wheel(wheels, name, version)
@@ -45,6 +45,7 @@ def write_channel(folder: Path, wheels: Path) -> Path:
     write_wheel(wheels, "big", "1.0", files=modules | {"big/__init__.py": ""})
     for side in ("left", "right"):
         write_wheel(wheels, side, "1.0", files={f"{side}.py": "", "common.py": f"SIDE = '{side}'\n"})
+    write_wheel(wheels, "tilts", "1.0", requires=["left"])
     write_wheel(wheels, "hijack", "1.0", files={"hijack-1.0.data/data/bin/python3.11": "#!/bin/sh\n"})
     build_channel(folder, sorted(wheels.glob("*.whl")), find_interpreter(Path(sys.executable)))
     return folder

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from cluster.core.events import Grant, How, Resume, Yield
 from cluster.core.job import ACTIVE, Job, JobState, Node, Placement, TenantShare
-from cluster.errors import Fenced, HeliostatError, Unavailable
+from cluster.errors import EnvironmentError_, Fenced, HeliostatError, Unavailable
 from cluster.ports import (
     ActiveJob,
     Attempt,
@@ -306,7 +306,8 @@ class FakeNodes:
 
 
 class NoEnvironments:
-    """`cluster.ports.EnvironmentStore` of a node that has one environment and makes others out of nothing."""
+    """`cluster.ports.EnvironmentStore` of a node that has one environment and makes others out of nothing; `broken` cannot be
+    checked."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -322,6 +323,8 @@ class NoEnvironments:
         return frozenset({"base"})
 
     def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
+        if fingerprint == "broken":
+            raise EnvironmentError_("it was killed", code="environment_check_failed", hint="try again")
         return CheckedEnvironment(("lib/a.py",), repair, ("base",)) if fingerprint == "base" else None
 
 

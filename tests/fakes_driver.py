@@ -156,13 +156,14 @@ class FolderAgent:
         self.hold = threading.Event()
         self.hold.set()
         self.children = children
+        self.cpus = os.cpu_count() or 1
 
     def of(self, node: str) -> AgentHandle:
         return self
 
     def report(self) -> NodeReport:
         node = Node("n1", "cpu", slots=1, memory_gb=4.0, models=self._staging.models(), park_gb=4.0)
-        return NodeReport(node)
+        return NodeReport(node, cpus=self.cpus)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         self.hold.wait(30)

@@ -131,11 +131,11 @@ class Ledger:
             for node in nodes:
                 assert node is not None
                 used = sum(
-                    other.shape.park_gb
+                    other.park_gb(node.name)
                     for other in self.state.facts.held.values()
                     if node.name in other.placement.nodes and (other.parked or other.yielding == How.PARK)
                 )
-                assert used + held.shape.park_gb <= node.park_gb + 0.01
+                assert used + held.park_gb(node.name) <= node.park_gb + 0.01
 
     def _check_limits(self, decisions: list[Decision]) -> None:
         gained: Counter[str] = Counter()

@@ -4,9 +4,9 @@ missing."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Never, TypeVar
+from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import ColumnElement, Select, func, select, text, tuple_
 from sqlalchemy.orm import Session
@@ -138,6 +138,29 @@ class Repository:
         last = select(func.max(table.version)).where(table.tenant_id == self.tenant, table.name == name)
         return (self.session.scalar(last) or 0) + 1
 
+    def same_version(self, row: V, content: Callable[[V], Any]) -> V | None:
+        """The newest version of the row's name, if it has the row's content."""
+        there = self._newest(type(row), row.name)
+        return there if there is not None and content(there) == content(row) else None
+
+    def add_version(self, row: V, content: Callable[[V], Any]) -> V:
+        """The row as the next version of its name; or the newest one, if that has the same content."""
+        row.version = self.next_version(
+            type(row), row.name
+        )  # under a lock: of two equal ones the second finds the first
+        there = self.same_version(row, content)
+        if there is not None:
+            return there
+        self.session.add(row)
+        self.session.flush()
+        self.session.refresh(row)
+        return row
+
+    def _newest(self, table: type[V], name: str, *conditions: ColumnElement[bool]) -> V | None:
+        """By number: one that waited for another's lock began before it."""
+        own = self._own(table).where(table.name == name, *conditions)
+        return self.session.scalar(own.order_by(table.version.desc()).limit(1))
+
     def page(self, table: type[P], request: PageRequest, *conditions: ColumnElement[bool]) -> Page[P]:
         """Rows of the tenant in order of creation. Raises `InvalidRequest` for a cursor that names nothing."""
         statement = self._own(table).where(*conditions)
@@ -171,10 +194,7 @@ class Repository:
         if found is not None:
             return found
         name, _, which = ref.partition("@")
-        statement = self._own(table).where(table.name == name)
-        if which:
-            statement = statement.where(table.version == _number(which))
-        found = self.session.scalar(statement.order_by(table.version.desc()).limit(1))
+        found = self._newest(table, name, *((table.version == _number(which),) if which else ()))
         return found if found is not None else self._missing(table, ref)
 
     def _aliased(self, model_id: str, alias: str) -> str | None:

@@ -4,11 +4,11 @@ not as the archive: nodes check each by its hash, and nothing hostile is unpacke
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func
 
 from app.code.archive import Unpacked, unpack
 from app.db import ids
@@ -19,8 +19,7 @@ from app.schemas.code import Code
 from app.services.access import Caller
 from app.services.datasets import Upload, dataset_name, sha256_of
 from app.services.parts import Parts
-from cluster.core.job import TERMINAL
-from cluster.errors import Conflict
+from app.services.versions import prefix_of, refuse_used, store
 from cluster.storage.objects import folder_sha256
 
 
@@ -39,25 +38,12 @@ class CodeService:
         with tempfile.TemporaryDirectory(prefix="heliostat-code-") as folder:
             unpacked = unpack(upload.file, Path(folder))
             row = _row(tenant, name, unpacked, upload.file)
-            return self._store(row, unpacked)
+            row, new = store(self._parts, row, lambda row: row.sha256, partial(self._put, unpacked))
+            return view(row), new
 
-    def _store(self, row: CodeRow, unpacked: Unpacked) -> tuple[Code, bool]:
-        """Objects first, then the row that names them: a row never points at nothing."""
-        stored = False
-        try:
-            with self._parts.database.tenant(row.tenant_id) as session:
-                there = _same(session, row)
-            if there is not None:
-                return view(there), False
-            for name, (path, _, _) in unpacked.files.items():
-                self._parts.storage.put_file(f"{row.prefix}/{name}", path)
-            with self._parts.database.tenant(row.tenant_id) as session:
-                there = _insert(session, row)
-            stored = there is row
-            return view(there), stored
-        finally:
-            if not stored:
-                self._parts.storage.delete_prefix(row.prefix)
+    def _put(self, unpacked: Unpacked, prefix: str) -> None:
+        for name, (path, _, _) in unpacked.files.items():
+            self._parts.storage.put_file(f"{prefix}/{name}", path)
 
     def page(self, caller: Caller, request: PageRequest, name: str | None) -> Page[CodeRow]:
         tenant = caller.may("model:read")
@@ -76,14 +62,7 @@ class CodeService:
         with self._parts.database.tenant(tenant) as session:
             row = Repository(session, tenant).code(ref)
             session.refresh(row, with_for_update=True)  # a job that is being created holds it: wait and see that job
-            using = JobRow.code_id == row.id, JobRow.state.not_in([str(state) for state in TERMINAL])
-            user = session.scalar(select(JobRow.id).where(*using).limit(1))
-            if user is not None:
-                raise Conflict(
-                    f"job {user} still needs this code",
-                    code="code_in_use",
-                    hint="Cancel the job, or wait for its end.",
-                )
+            refuse_used(session, "code", JobRow.code_id == row.id)
             row.deleted_at = func.now()
             code_id, prefix = row.id, row.prefix
         self._parts.storage.delete_prefix(prefix)
@@ -106,32 +85,14 @@ def view(row: CodeRow, *, whole: bool = False) -> Code:
 
 
 def _row(tenant: str, name: str, unpacked: Unpacked, archive: IO[Any]) -> CodeRow:
-    code_id = ids.new_id(ids.CODE)
-    return CodeRow(
-        id=code_id,
+    row = CodeRow(
+        id=ids.new_id(ids.CODE),
         tenant_id=tenant,
         name=name,
         files=unpacked.sha256,
         bytes=unpacked.bytes,
         sha256=folder_sha256(unpacked.sha256),
         source_sha256=sha256_of(archive),
-        prefix=f"tenants/{tenant}/code/{code_id}",
     )
-
-
-def _insert(session: Session, row: CodeRow) -> CodeRow:
-    # The number is taken under a lock, so of two equal uploads the second finds the first.
-    row.version = Repository(session, row.tenant_id).next_version(CodeRow, row.name)
-    there = _same(session, row)
-    if there is not None:
-        return there
-    session.add(row)
-    session.flush()
-    session.refresh(row)
+    row.prefix = prefix_of(row)
     return row
-
-
-def _same(session: Session, row: CodeRow) -> CodeRow | None:
-    """The newest version of the name, if it has the same files."""
-    newest = Repository(session, row.tenant_id).page(CodeRow, PageRequest(limit=1), CodeRow.name == row.name).data
-    return newest[0] if newest and newest[0].sha256 == row.sha256 else None

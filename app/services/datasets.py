@@ -6,11 +6,11 @@ import hashlib
 import re
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import orjson
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func
 
 from app.datasets.ingest import Ingested, Source, check_type, ingest, parse_columns
 from app.datasets.preview import render
@@ -22,10 +22,11 @@ from app.schemas.common import NAME_PATTERN, NAME_RULE
 from app.schemas.datasets import Dataset, DatasetPreview, DatasetReport, PreviewRow, Span
 from app.services.access import Caller
 from app.services.parts import Parts
-from cluster.core.job import TERMINAL
-from cluster.errors import Conflict, InvalidRequest
+from app.services.versions import prefix_of, refuse_used, store
+from cluster.errors import InvalidRequest
 from cluster.storage.objects import CHUNK_BYTES
 
+ROWS = "rows.jsonl"
 PREVIEW_ROWS = 3
 PREVIEW_LINE_BYTES = 16 * 1024 * 1024
 
@@ -52,45 +53,18 @@ class DatasetService:
         source = Source(upload.file, upload.filename, check_type(upload.type), parse_columns(upload.columns))
         with tempfile.TemporaryFile() as canonical:
             made = ingest(source, canonical, self._parts.settings.http.max_upload_bytes)
-            dataset_id = ids.new_id(ids.DATASET)
-            prefix = f"tenants/{tenant}/datasets/{dataset_id}"
-            row = _row(tenant, name, prefix, made)
-            row.id, row.source_sha256 = dataset_id, sha256_of(upload.file)
-            return self._store(row, prefix, (upload.file, canonical))
+            row = _row(tenant, name, made, sha256_of(upload.file))
+            row, new = store(self._parts, row, _content, partial(self._put, (upload.file, canonical)))
+            return view(row), new
 
     def may_create(self, caller: Caller) -> str:
         """The tenant. Raises `Forbidden`."""
         return caller.may("dataset:write")
 
-    def _store(self, row: DatasetRow, prefix: str, files: tuple[IO[bytes], IO[bytes]]) -> tuple[Dataset, bool]:
-        """Objects first, then the row that names them: a row never points at nothing."""
-        stored = False
-        try:
-            with self._parts.database.tenant(row.tenant_id) as session:
-                there = _same_content(session, row)
-            if there is not None:
-                return view(there), False
-            for name, file in zip(("source", "rows.jsonl"), files, strict=True):
-                file.seek(0)
-                self._parts.storage.put_stream(f"{prefix}/{name}", file)
-            with self._parts.database.tenant(row.tenant_id) as session:
-                there = self._insert(session, row)
-            stored = there is row
-            return view(there), stored
-        finally:
-            if not stored:
-                self._parts.storage.delete_prefix(prefix)
-
-    def _insert(self, session: Session, row: DatasetRow) -> DatasetRow:
-        # The number is taken under a lock, so of two equal uploads the second finds the first.
-        row.version = Repository(session, row.tenant_id).next_version(DatasetRow, row.name)
-        there = _same_content(session, row)
-        if there is not None:
-            return there
-        session.add(row)
-        session.flush()
-        session.refresh(row)
-        return row
+    def _put(self, files: tuple[IO[bytes], IO[bytes]], prefix: str) -> None:
+        for name, file in zip(("source", ROWS), files, strict=True):
+            file.seek(0)
+            self._parts.storage.put_stream(f"{prefix}/{name}", file)
 
     def page(self, caller: Caller, request: PageRequest, name: str | None = None) -> Page[DatasetRow]:
         tenant = caller.may("dataset:read")
@@ -121,27 +95,16 @@ class DatasetService:
         with self._parts.database.tenant(tenant) as session:
             row = Repository(session, tenant).dataset(ref)
             session.refresh(row, with_for_update=True)  # a job that is being created holds it: wait and see that job
-            user = session.scalar(select(JobRow.id).where(_uses(row.id)).limit(1))
-            if user is not None:
-                raise Conflict(
-                    f"job {user} still needs this dataset",
-                    code="dataset_in_use",
-                    hint="Cancel the job, or wait for its end.",
-                )
+            refuse_used(session, "dataset", (JobRow.dataset_id == row.id) | (JobRow.validation_dataset_id == row.id))
             row.deleted_at = func.now()
-            dataset_id = row.id
-        self._parts.storage.delete_prefix(f"tenants/{tenant}/datasets/{dataset_id}")
+            dataset_id, prefix = row.id, prefix_of(row)
+        self._parts.storage.delete_prefix(prefix)
         return dataset_id
 
     def _row(self, caller: Caller, ref: str) -> DatasetRow:
         tenant = caller.may("dataset:read", ref)
         with self._parts.database.tenant(tenant) as session:
             return Repository(session, tenant).dataset(ref)
-
-
-def _uses(dataset_id: str) -> Any:
-    needed = (JobRow.dataset_id == dataset_id) | (JobRow.validation_dataset_id == dataset_id)
-    return needed & JobRow.state.not_in([str(state) for state in TERMINAL])
 
 
 def view(row: DatasetRow) -> Dataset:
@@ -177,8 +140,9 @@ def dataset_name(upload: Upload, default: str = "dataset") -> str:
     return upload.name
 
 
-def _row(tenant: str, name: str, prefix: str, made: Ingested) -> DatasetRow:
-    return DatasetRow(
+def _row(tenant: str, name: str, made: Ingested, source_sha256: str) -> DatasetRow:
+    row = DatasetRow(
+        id=ids.new_id(ids.DATASET),
         tenant_id=tenant,
         name=name,
         format=str(made.format),
@@ -186,24 +150,16 @@ def _row(tenant: str, name: str, prefix: str, made: Ingested) -> DatasetRow:
         rows=made.rows,
         bytes=made.bytes,
         sha256=made.sha256,
-        object_key=f"{prefix}/rows.jsonl",
+        source_sha256=source_sha256,
         report=made.report,
         max_chars=made.max_chars,
     )
+    row.object_key = f"{prefix_of(row)}/{ROWS}"
+    return row
 
 
-def _same_content(session: Session, row: DatasetRow) -> DatasetRow | None:
-    """The newest version of the name, if it holds the same."""
-    newest = (
-        select(DatasetRow)
-        .where(DatasetRow.tenant_id == row.tenant_id, DatasetRow.name == row.name, DatasetRow.deleted_at.is_(None))
-        .order_by(DatasetRow.version.desc())
-        .limit(1)
-    )
-    with session.no_autoflush:
-        there = session.scalar(newest)
-    same = there is not None and (there.sha256, there.source_sha256) == (row.sha256, row.source_sha256)
-    return there if same else None
+def _content(row: DatasetRow) -> tuple[str, str]:
+    return row.sha256, row.source_sha256
 
 
 def sha256_of(file: IO[bytes]) -> str:

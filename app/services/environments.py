@@ -15,8 +15,8 @@ from app.db.requests import idempotent
 from app.services.access import Caller, Repeat
 from app.services.job_view import unix
 from app.services.parts import Parts, SolvedEnvironment
-from cluster.core.job import TERMINAL
-from cluster.errors import Conflict, HeliostatError, InvalidRequest
+from app.services.versions import refuse_used
+from cluster.errors import HeliostatError, InvalidRequest
 from cluster.ports import CheckedEnvironment
 from runtime_envs.edit import add_packages, diff
 from runtime_envs.spec import parse_spec
@@ -93,14 +93,7 @@ class EnvironmentService:
         tenant = caller.may("model:delete", ref)
         with self._parts.database.tenant(tenant) as session:
             row = Repository(session, tenant).environment(ref)
-            using = JobRow.environment_id == row.id, JobRow.state.not_in([str(state) for state in TERMINAL])
-            user = session.scalar(select(JobRow.id).where(*using).limit(1))
-            if user is not None:
-                raise Conflict(
-                    f"job {user} still uses this environment",
-                    code="environment_in_use",
-                    hint="Cancel the job, or wait for its end.",
-                )
+            refuse_used(session, "environment", JobRow.environment_id == row.id)
             row.deleted_at = func.now()
             return row.id
 
@@ -121,22 +114,15 @@ class EnvironmentService:
 
 def _checked(node: str, outcome: CheckedEnvironment | HeliostatError) -> dict[str, Any]:
     if isinstance(outcome, HeliostatError):
-        return {"node": node, "status": "failed", "damaged": [], "error": outcome.message}
-    return {"node": node, "status": outcome.status, "damaged": list(outcome.damaged[:MAX_NAMES]), "error": None}
+        return {"node": node, "status": "failed", "damaged": [], "error": outcome.message, "hint": outcome.hint}
+    damaged = list(outcome.damaged[:MAX_NAMES])
+    return {"node": node, "status": outcome.status, "damaged": damaged, "error": None, "hint": None}
 
 
 def insert_environment(session: Session, row: Environment, solved: SolvedEnvironment) -> Environment:
-    repository = Repository(session, row.tenant_id)
-    number = repository.next_version(Environment, row.name)
-    newest = repository.page(Environment, PageRequest(limit=1), Environment.name == row.name).data
-    if newest and _content(newest[0]) == (row.spec, solved.fingerprint, solved.lock.get("bundled")):
-        return newest[0]
-    row.id, row.version = ids.new_id(ids.ENVIRONMENT), number
+    row.id = ids.new_id(ids.ENVIRONMENT)
     row.lock, row.fingerprint, row.dependency_md5 = solved.lock, solved.fingerprint, solved.dependency_md5
-    session.add(row)
-    session.flush()
-    session.refresh(row)
-    return row
+    return Repository(session, row.tenant_id).add_version(row, _content)
 
 
 def _content(row: Environment) -> tuple[str, str, Any]:

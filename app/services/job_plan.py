@@ -179,20 +179,16 @@ def _begins_with(
     checkpoint = _named(repository.checkpoint, ref, "base_model")
     job = repository.job(checkpoint.job_id)
     if CUSTOM in (job.method, way.method):
-        raise InvalidRequest(
+        raise _unsupported(
             f"{ref} can only be continued by its own job: what a script makes of a checkpoint is its own business",
-            code="unsupported_continuation",
-            param="base_model",
-            hint="Start from the job's model, or from the base model.",
+            "Start from the job's model, or from the base model.",
         )
-    if job.task != way.task:
-        raise _other_task(ref, job.task, way)
+    _check_task(ref, job, way)
     if (job.training_type == "full") != (way.training_type == "full"):
-        raise InvalidRequest(
+        raise _unsupported(
             f"{ref} is of a job with training_type {job.training_type} and can only be continued as such",
-            code="unsupported_continuation",
+            "Use the same training_type, or start from the job's model once it is there.",
             param="training_type",
-            hint="Use the same training_type, or start from the job's model once it is there.",
         )
     parent = repository.session.get(ModelVersion, job.parent_version_id) if job.parent_version_id else None
     stands_on = parent if parent is not None and parent.kind == "model" else None
@@ -254,31 +250,29 @@ def _tuned(repository: Repository, ref: str, way: Way) -> tuple[BaseModel, Model
     if way.method == CUSTOM:
         return repository.base_model(job.base_model_id), version
     if version.kind == "files":
-        raise InvalidRequest(
+        raise _unsupported(
             f"{ref[:120]} was made by a script, and is neither an adapter nor a model that can be trained on",
-            code="unsupported_continuation",
-            param="base_model",
-            hint="Use method custom, or start from the base model.",
+            "Use method custom, or start from the base model.",
         )
-    if job.task != way.task:
-        raise _other_task(ref, job.task, way)
+    _check_task(ref, job, way)
     if version.kind == "adapter" and (way.training_type == "full" or _stands_on_full(repository, job)):
-        raise InvalidRequest(
+        raise _unsupported(
             f"{ref[:120]} is an adapter that this version can only continue as lora on its own base model",
-            code="unsupported_continuation",
-            param="base_model",
-            hint="Use training_type lora, or start from the base model.",
+            "Use training_type lora, or start from the base model.",
         )
     return repository.base_model(job.base_model_id), version
 
 
-def _other_task(ref: str, task: str, way: Way) -> InvalidRequest:
-    return InvalidRequest(
-        f"{ref[:120]} was trained for the task {task}, the request is for {way.task}",
-        code="unsupported_continuation",
-        param="base_model",
-        hint=f"Use task {task}, or start from the base model.",
-    )
+def _check_task(ref: str, job: Job, way: Way) -> None:
+    if job.task != way.task:
+        raise _unsupported(
+            f"{ref[:120]} was trained for the task {job.task}, the request is for {way.task}",
+            f"Use task {job.task}, or start from the base model.",
+        )
+
+
+def _unsupported(message: str, hint: str, param: str = "base_model") -> InvalidRequest:
+    return InvalidRequest(message, code="unsupported_continuation", param=param, hint=hint)
 
 
 def _stands_on_full(repository: Repository, job: Job) -> bool:

@@ -16,7 +16,7 @@ from app.services.access import Caller
 from app.services.archive import Archive
 from app.services.job_view import unix
 from app.services.parts import Parts
-from cluster.core.job import TERMINAL
+from app.services.versions import refuse_used
 from cluster.errors import Conflict, InvalidRequest, NotFound
 
 OTHER_FORMS = ("merged", "gguf")
@@ -109,7 +109,7 @@ class ModelService:
                 gone = list(session.scalars(_living(deleted.id)))
             for row in gone:  # a job that is being created from it holds it: wait and see that job
                 session.refresh(row, with_for_update=True)
-            _refuse_used(session, [row.id for row in gone])
+            refuse_used(session, "model", JobRow.parent_version_id.in_([row.id for row in gone]))
             for row in gone:
                 row.deleted_at = func.now()
             if deleted is not None:
@@ -171,15 +171,6 @@ def _before(session: Session, model: Model, alias: str) -> ModelVersion:
             hint="Promote the version that it should mean.",
         )
     return found
-
-
-def _refuse_used(session: Session, version_ids: list[str]) -> None:
-    running = JobRow.state.not_in([str(state) for state in TERMINAL])
-    user = session.scalar(select(JobRow.id).where(JobRow.parent_version_id.in_(version_ids), running).limit(1))
-    if user is not None:
-        raise Conflict(
-            f"job {user} continues from this model", code="model_in_use", hint="Cancel the job, or wait for its end."
-        )
 
 
 def model_view(session: Session, row: Model) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Facts:
         self.held: dict[Attempt, Holding] = {}
         self.parked: dict[Attempt, Holding] = {}
         self.on_node: defaultdict[str, set[Attempt]] = defaultdict(set)
-        self.park_used: Counter[str] = Counter()  # GiB on each node, parked or on the way to it
+        self.park_used: Counter[str] = Counter()  # MiB on each node, parked or on the way to it
         self.memory = Memory()
         self._elders = Elders()
         self._hidden: dict[str, Job] = {}  # tried again later
@@ -267,7 +267,7 @@ class Facts:
     def _count_memory(self, holding: Holding, sign: int) -> None:
         if holding.parked or holding.yielding == How.PARK:
             for name in holding.placement.nodes:
-                self.park_used[name] += sign * round(holding.shape.park_gb * 1024)
+                self.park_used[name] += sign * round(holding.park_gb(name) * 1024)
 
     # What a runner is worth ---------------------------------------------------------------------------------------
 

@@ -80,7 +80,8 @@ class Shape:
     nodes: int = 1
     """The most nodes that the gang may span. It takes as few as can be: whole nodes and at most one part of a node."""
     park_gb: float = 0.0
-    """GiB of host memory that it needs on each of its nodes while parked; 0: it cannot be parked."""
+    """GiB of host memory that all of it needs while parked, on each of its nodes in proportion to its slots there; 0: it cannot be
+    parked."""
 
 
 @dataclass(frozen=True)

@@ -282,10 +282,12 @@ class Round:
 
     def _how(self, held: Holding) -> How:
         """Parked where the memory of all its nodes has room for it."""
-        need, facts = held.shape.park_gb, self._facts
+        facts = self._facts
         nodes = [facts.pools.nodes.get(name) for name in held.placement.nodes]
-        fits = all(node and need <= node.park_gb - facts.park_used[node.name] / 1024 for node in nodes)
-        return How.PARK if need > 0 and fits else How.SUSPEND
+        fits = all(
+            node and held.park_gb(node.name) <= node.park_gb - facts.park_used[node.name] / 1024 for node in nodes
+        )
+        return How.PARK if held.shape.park_gb > 0 and fits else How.SUSPEND
 
     # Steps and their undoing --------------------------------------------------------------------------------------
 

@@ -34,6 +34,10 @@ class Holding:
         slots = self.placement.slots
         return next((shape for shape in self.job.shapes if shape.slots == slots), self.job.shape)
 
+    def park_gb(self, node: str) -> float:
+        """Of the memory of one of its nodes, while parked."""
+        return self.shape.park_gb * len(self.placement.nodes[node]) / self.placement.slots
+
     def attained_s(self, now: float) -> float:
         """Seconds of service in all its turns."""
         return self.job.attained_s + (0.0 if self.parked else max(0.0, now - self.since))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +127,19 @@ def _in_common(packages: Sequence[Linked], wanted: Collection[tuple[str, str]]) 
         for name in left:
             kept.pop(name, None)
     return list(kept.values())
+
+
+def check_winners(packages: Sequence[Linked], order: Callable[[], Sequence[str]]) -> None:
+    """Whether each path that several of them bring is where the installer puts it when it makes all of them at once: with the one
+    that `order` names last. Raises NotAlike."""
+    disputed = {path for package in packages for path in package.clobbered}
+    if not disputed:
+        return
+    places = {name: place for place, name in enumerate(order())}
+    winners = {path: places[package.name] for package in packages for path in disputed & package.names}
+    for package in packages:
+        if lost := [path for path in package.clobbered if winners.get(path, -1) < places[package.name]]:
+            raise NotAlike(lost[0])
 
 
 def _shared(package: Linked, byte_code: Path) -> Iterator[str]:

@@ -24,6 +24,7 @@ from rattler import (
     LockPlatform,
     PackageCache,
     PackageCacheLayer,
+    PackageRecord,
     RepoDataRecord,
     VirtualPackage,
     install,
@@ -180,6 +181,12 @@ async def install_lock(question: dict[str, Any]) -> dict[str, Any]:
     return {"installed": len(records)}
 
 
+async def order_packages(question: dict[str, Any]) -> dict[str, Any]:
+    """Their names, each after what it needs: the installer gives a path that several bring to the last of them."""
+    records: list[PackageRecord] = [*_records(question["lock"])]
+    return {"names": [record.name.normalized for record in PackageRecord.sort_topologically(records)]}
+
+
 def _config() -> Config:
     config = Config()
     config.set("concurrency.downloads", str(DOWNLOADS_AT_ONCE))
@@ -209,7 +216,7 @@ async def index_channel(question: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"solve": solve_specs, "install": install_lock, "index": index_channel}
+TASKS = {"solve": solve_specs, "install": install_lock, "order": order_packages, "index": index_channel}
 
 
 def answer(question: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import orjson
 
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
-from runtime_envs.conda.clone import PYTHON, NotAlike, Source, nearest, read_source
+from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_winners, nearest, read_source
 from runtime_envs.conda.engine import Engine
 from runtime_envs.conda.fetch import fetch_packages
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
@@ -164,6 +164,8 @@ class CondaEnvironments:
         own = [package for package in read_prefix(site.prefix, kept.values()) if package.name not in kept]
         packages = [*own, *kept.values()]
         _check_interpreter(site, packages, taken)
+        if source:
+            check_winners(packages, lambda: _order(site, engine))
         with site.watch.stage("byte_code"):
             hashes = self._compile(site, packages, own)
         with self._cloning(site, source) as rest, site.watch.stage("manifest"):
@@ -235,6 +237,11 @@ class CondaEnvironments:
                     BUILD_FAILED, f"{folder} and {home.parent} lie on two filesystems; files cannot be shared.",
                     hint="Put the whole data folder of the node on one filesystem.", fixable_by="operator",
                 )  # fmt: skip
+
+
+def _order(site: _Site, engine: Engine) -> list[str]:
+    names: list[str] = engine.ask({"task": "order", "lock": str(site.home / PIXI_LOCK)})["names"]
+    return names
 
 
 def _check_interpreter(site: _Site, packages: Sequence[Linked], taken: Manifest) -> None:

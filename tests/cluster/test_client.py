@@ -20,11 +20,12 @@ import wiring_cluster
 from builders_cluster import a_job, gang
 from fakes_cluster import FileStore
 from ray._private.authentication_test_utils import reset_auth_token_state
+from ray.exceptions import RayError
 from waiting import until
 
 from cluster import client
 from cluster.core.job import JobState
-from cluster.errors import Unavailable
+from cluster.errors import EnvironmentError_, Unavailable
 
 pytestmark = pytest.mark.integration
 
@@ -160,6 +161,13 @@ def test_a_node_names_a_port_of_its_own_where_others_reach_it(store: FileStore) 
     address, port = client.ask(client.node_agent("n1").meeting_point.remote(), 30).split(":")
     with socket.socket() as listener:
         listener.bind((address, int(port)))
+
+
+def test_a_check_that_fails_on_a_node_keeps_its_own_words(store: FileStore) -> None:
+    assert client.check_environment("elsewhere", False) == {}
+    found = client.check_environment("broken", False)["n1"]
+    assert isinstance(found, EnvironmentError_) and not isinstance(found, RayError)
+    assert (found.code, found.message, found.hint) == ("environment_check_failed", "it was killed", "try again")
 
 
 def test_what_is_not_there_is_unavailable(store: FileStore) -> None:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from cluster import detect as detecting
-from cluster.detect import Gpu, cpu_slots, detect, machine_memory_gb, parse_gpus
+from cluster.detect import Gpu, cpu_slots, detect, machine_memory_gb, parse_gpus, usable_cpus
 from cluster.errors import InvalidRequest, Unavailable
 from cluster.ports import NodeSettings
 
@@ -98,3 +98,28 @@ def test_a_container_has_the_memory_that_it_is_given(
     for unlimited in ("max\n", "9223372036854771712\n"):
         limit.write_text(unlimited)
         assert machine_memory_gb() == psutil.virtual_memory().total / 1024**3
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "cpus"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000"}, 3),
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("1:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("1:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "200000", "cpu/a/cpu.cfs_period_us": "100000"}, 2),
+        ("0::/\n", {"cpu.max": "900000 100000"}, 3),
+    ],
+)
+def test_processors_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, limits: dict[str, str], cpus: int
+) -> None:
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(detecting, "_GROUPS", tmp_path)
+    monkeypatch.setattr(detecting, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    assert usable_cpus() == cpus

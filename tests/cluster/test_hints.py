@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -122,6 +123,23 @@ def test_a_job_that_cannot_be_told_of_does_not_hide_the_others(busy: World, why:
     busy.queue("j2", "j3")
     busy.rounds()
     assert busy.nodes.prepared == [("n1", "j3 on n1")]
+
+
+@pytest.mark.parametrize("why", [Fenced("job j2 has begun it"), TypeError("a field that no release knows")])
+def test_a_job_that_cannot_be_told_of_is_logged_once(
+    busy: World, why: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cluster.hints")
+    busy.gone = {"j2": why}
+    busy.queue("j2", "j3")
+    for _ in range(3):
+        busy.rounds()
+    [said] = caplog.records
+    assert "j2" in said.getMessage() and str(why) in said.getMessage()
+
+    busy.store.move("j2", JobState.CANCELLED)
+    busy.rounds()
+    assert busy.scheduler._hints._logged == set(), "what waits no more is forgotten"
 
 
 def test_it_is_named_to_the_node_that_has_most_of_what_it_needs() -> None:

@@ -78,10 +78,22 @@ def test_a_path_that_a_new_package_has_too(node: Environments, places: CondaPlac
 
 
 def test_packages_that_share_a_path_stay_together(node: Environments, places: CondaPlaces) -> None:
-    """Which of them the installer lets win is chance."""
+    """Their order among the others is the same in both."""
     first, second = (node.materialize(lock_of(places, "left", "right", *more)) for more in (["big"], []))
     assert "link" not in second.stages and node.verify(second.fingerprint, full=True) == []
     assert (second.prefix / SITE / "common.py").samefile(first.prefix / SITE / "common.py")
+
+
+def test_who_wins_a_path_does_not_depend_on_what_was_here(node: Environments, places: CondaPlaces) -> None:
+    """The last in topological order: the installer's rule."""
+    node.materialize(lock_of(places, "left", "right", "tilts"))
+    lock = lock_of(places, "left", "right")
+    made = node.materialize(lock)
+    assert node.verify(made.fingerprint, full=True) == []
+    after_another = (made.prefix / SITE / "common.py").read_text()
+    shutil.rmtree(made.prefix.parent)
+    alone = node._make(lock, like_others=False)
+    assert (alone.prefix / SITE / "common.py").read_text() == after_another
 
 
 def test_only_what_holds_the_prefix_takes_space(node: Environments, places: CondaPlaces) -> None:

@@ -8,9 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from runtime_envs import verify
+from runtime_envs.environments import Environments
+from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.lock import default_lock
 from runtime_envs.materialize import HostEnvironments
-from runtime_envs.verify import FILES_A_PROCESS, MANIFEST, PREFIX, build_manifest, full_verify, packed, quick_verify
+from runtime_envs.verify import (
+    FILES_A_PROCESS,
+    MANIFEST,
+    PREFIX,
+    READY,
+    build_manifest,
+    full_verify,
+    packed,
+    quick_verify,
+)
+
+NAME = "a" * 64
 
 
 @pytest.fixture
@@ -110,6 +124,36 @@ def test_a_check_that_was_cut_short_finds_nothing_whole(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(packed(json.dumps({"files": {"one": [3]}, "links": {}}).encode()))
     with pytest.raises(subprocess.CalledProcessError):
         full_verify(tmp_path)
+
+
+def test_a_check_whose_process_was_killed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = _made(tmp_path)
+    killed = tmp_path / "killed.py"
+    killed.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr(verify, "PROCESS", killed)
+    for check in (lambda: Environments(tmp_path).verify(NAME, full=True), lambda: Environments(tmp_path).repair(NAME)):
+        with pytest.raises(EnvironmentProblem) as caught:
+            check()
+        assert (caught.value.code, caught.value.fixable_by) == ("environment_check_failed", "operator")
+        assert NAME in caught.value.message and "SIGKILL" in caught.value.message
+        assert caught.value.hint
+    assert (home / PREFIX / "one").read_bytes() == b"one"
+
+
+def test_what_is_damaged_and_has_no_lock_says_so(tmp_path: Path) -> None:
+    home = _made(tmp_path)
+    _flip_last_byte(home / PREFIX / "one")
+    with pytest.raises(EnvironmentProblem) as caught:
+        Environments(tmp_path).repair(NAME)
+    assert caught.value.code == "environment_damaged" and "lock.json" in caught.value.message
+
+
+def _made(root: Path) -> Path:
+    home = root / "envs" / NAME
+    _write(home, "one", b"one")
+    _seal(home)
+    (home / READY).touch()
+    return home
 
 
 def _write(home: Path, name: str, contents: bytes) -> None:

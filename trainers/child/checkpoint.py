@@ -158,14 +158,15 @@ def _unreadable(folder: Path, why: str) -> TrainFailure:
 
 
 def _random_state(world: World) -> dict[str, Any]:
+    """As JSON has it, but for tuples."""
     of_numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": {**of_numpy, "state": {**of_numpy["state"], "key": of_numpy["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().tolist(),
     }
     if world.device != "cpu":
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
@@ -183,6 +184,6 @@ def _restore_random(state: dict[str, Any]) -> None:
     of_numpy = state["numpy"]
     key = np.array(of_numpy["state"]["key"], dtype=np.uint32)
     np.random.set_state({**of_numpy, "state": {**of_numpy["state"], "key": key}})
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.as_tensor(state["cuda"], dtype=torch.uint8))

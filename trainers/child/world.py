@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,12 +52,15 @@ class World:
         return int(tensor)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value, on rank 0; elsewhere nothing."""
+        """Every rank's value, on rank 0; elsewhere nothing. As JSON: what another node's rank sends must not be unpickled."""
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(value, found or None, dst=0, group=self.group)
-        return found
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.sum(*(len(own) * (rank == self.rank) for rank in range(self.size)))]
+        padded = torch.nn.functional.pad(own, (0, max(sizes) - len(own)))
+        found = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else []
+        dist.gather(padded, found or None, dst=0, group=self.group)
+        return [json.loads(bytes(text[:size].tolist())) for text, size in zip(found, sizes, strict=False)]
 
     def share(self, tensors: Iterable[torch.Tensor]) -> None:
         """Rank 0's values take the place of the others', which may be on other nodes."""

@@ -193,7 +193,7 @@ def _room(ask: Ask, offer: Offer) -> float:
 
 
 def park_gb(one: Estimate, on_cpu: bool) -> float:
-    """Host memory that a parked job needs on its node, GiB: on `cpu` its processes keep all that they had, from an
+    """Host memory that a parked job needs, all of its nodes together, GiB: on `cpu` its processes keep all that they had, from an
     accelerator come weights, gradients and optimizer states."""
     kept = one.total_gb
     if not on_cpu and one.decided_by == "model":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import queue
 import threading
 import time
@@ -133,8 +132,9 @@ def stage(
         report,
         lambda: agent.stage_attempt(assignment.job_id, assignment.attempt, files, ahead=ahead),
     )
-    node = agent.report().node
-    threads = max(1, (os.cpu_count() or 1) // max(1, node.slots))
+    seen = agent.report()
+    node = seen.node
+    threads = max(1, seen.cpus // max(1, node.slots))
     config = train_config(assignment, part, settings, base, scratch, threads)
     return WorkerTask(
         job_id=assignment.job_id,

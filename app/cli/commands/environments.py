@@ -111,10 +111,14 @@ def repair(session: Session, ref: Ref) -> None:
 
 def _checked(session: Session, ref: str, what: str) -> None:
     checked = session.client().post(f"/environments/{ref}/{what}", {})
-    rows = [(one["node"], one["status"], one["error"] or ", ".join(one["damaged"][:5])) for one in checked["nodes"]]
+    rows = [(one["node"], one["status"], _found(one)) for one in checked["nodes"]]
     session.out.show(checked, lambda: table(("node", "status", "files"), rows, empty="no node has it yet"))
     if not checked["ok"]:
         raise typer.Exit(1)
+
+
+def _found(one: dict[str, Any]) -> str:
+    return " ".join(filter(None, (one["error"], one["hint"]))) or ", ".join(one["damaged"][:5])
 
 
 @command(app, "rm")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 from builders_db import make_base_model, make_dataset, make_environment, make_job, make_tenant
 from sqlalchemy import func
 from sqlalchemy.orm import Session
 
-from app.db.models import Dataset, Job, Model, ModelVersion
+from app.db import ids
+from app.db.models import Dataset, Environment, Job, Model, ModelVersion
 from app.db.repository import PageRequest, Repository
 from app.db.session import Database
 from app.db.tenants import UIDS, ensure_tenant, set_quota
@@ -64,6 +66,20 @@ def test_a_dataset_by_id_name_and_version(session: Session, acme: Repository) ->
     second.deleted_at = func.now()
     assert acme.dataset("rows") == first
     assert acme.next_version(Dataset, "rows") == 3
+
+
+def test_a_version_is_compared_with_the_one_of_the_highest_number(session: Session, acme: Repository) -> None:
+    """Its transaction may have begun before the others', and waited for their lock."""
+    make_environment(session, fingerprint="f1", created_at=datetime(2030, 1, 1, tzinfo=UTC))
+    second = make_environment(session, version=2, fingerprint="f2", created_at=datetime(2020, 1, 1, tzinfo=UTC))
+
+    def again(fingerprint: str) -> Environment:
+        named = {name: getattr(second, name) for name in ("tenant_id", "name", "spec", "lock", "dependency_md5")}
+        row = Environment(id=ids.new_id(ids.ENVIRONMENT), **named, fingerprint=fingerprint)
+        return acme.add_version(row, lambda row: row.fingerprint)
+
+    assert again("f2") is second
+    assert again("f1").version == 3, "what was meant before is a new version"
 
 
 @pytest.mark.parametrize("ref", ["none", "rows@3", "rows@x", "rows@²", "rows@", "@", "", "rows@99999999999999999999"])

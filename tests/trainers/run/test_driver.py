@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
 from trainers.run.ports import LastCheckpoint
-from trainers.run.preparing import attempt_files, parts_of, train_config
+from trainers.run.preparing import attempt_files, parts_of, prepare, train_config
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -131,6 +132,13 @@ def test_the_best_checkpoint_so_far_is_staged_beside_the_last(tmp_path: Path) ->
         made.store.given, parts_of(made.store.given)[0], made.driver._settings, "base", "/node/jobs/j/a1", 1
     )
     assert config.best_checkpoint == "/node/jobs/j/a1/best" and config.outputs == ["merged", "curves", "tensorboard"]
+
+
+def test_threads_are_counted_on_the_node_that_trains(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.agent.cpus = 5 + (os.cpu_count() or 1)  # its only slot has all of them
+    task = prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)["n1"]
+    assert task.threads == task.config["threads_per_slot"] == made.agent.cpus
 
 
 def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:
