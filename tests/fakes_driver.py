@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE_S
+
 from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement, Wish, may_follow
 from cluster.errors import Fenced, Unavailable
@@ -61,6 +63,8 @@ class MemoryStore:
     freed: int = 0
     allowed: Allowance | None = None
     on_checkpoint: Callable[[], None] = lambda: None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """No event is written while it is held."""
 
     def _check(self, attempt: int) -> None:
         if self.down:
@@ -98,8 +102,8 @@ class MemoryStore:
     def park(self, job_id: str, attempt: int) -> bool:
         self._check(attempt)
         if self.state is JobState.RUNNING and self.order is How.PARK:
+            self.freed += 1  # before who waits for the state looks
             self.state, self.order = JobState.PARKED, None
-            self.freed += 1
         return self.state is JobState.PARKED
 
     def event(
@@ -112,8 +116,9 @@ class MemoryStore:
         level: str = "info",
         data: dict[str, Any] | None = None,
     ) -> None:
-        self._check(attempt)
-        self.events.append((type, message, data or {}))
+        with self.lock:
+            self._check(attempt)
+            self.events.append((type, message, data or {}))
 
     def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
         self._check(attempt)
@@ -165,7 +170,7 @@ class FolderAgent:
         return NodeReport(node)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
-        self.hold.wait(30)
+        self.hold.wait(PATIENCE_S)
         if self.fails:
             raise self.fails
         return {"fingerprint": ENVIRONMENT, "prefix": sys.prefix, "python": sys.executable}
@@ -249,7 +254,7 @@ class World:
     root: Path
 
 
-JOB = "ftjob-" + os.environ.get("PYTEST_XDIST_WORKER", "1").removeprefix("gw")
+JOB = f"ftjob-{os.getpid()}"
 """Tests that run side by side look for their own processes."""
 
 

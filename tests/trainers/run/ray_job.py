@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fakes_driver import make_assignment
+from fakes_driver import JOB, make_assignment
 from wiring_run import NAMESPACE, Rows, driver_parts, objects_url, start_agent
 
 from cluster.core.job import JobState, Placement
@@ -74,12 +74,12 @@ def whole_job(
     launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes], nodes: Slots = ONE_NODE
 ) -> dict[str, Any]:
     rows = rows_of(storage, model, 3, nodes)
-    launcher.start("ftjob-1", 1)
-    launcher.start("ftjob-1", 1)
-    alive = until(lambda: launcher.alive("ftjob-1", 1) is True)
+    launcher.start(JOB, 1)
+    launcher.start(JOB, 1)
+    alive = until(lambda: launcher.alive(JOB, 1) is True)
     seconds = until(lambda: look(rows)["state"] in (JobState.SUCCEEDED, JobState.FAILED, JobState.RECOVERING))
-    until(lambda: launcher.alive("ftjob-1", 1) is False)
-    launcher.end("ftjob-1", 1)
+    until(lambda: launcher.alive(JOB, 1) is False)
+    launcher.end(JOB, 1)
     made = look(rows)
     ray.kill(rows)
     return {
@@ -97,11 +97,11 @@ def whole_job(
 
 def killed_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
     rows = rows_of(storage, model, steps=100_000)
-    launcher.start("ftjob-1", 1)
+    launcher.start(JOB, 1)
     until(lambda: look(rows)["steps"])
-    launcher.end("ftjob-1", 1)
-    gone = until(lambda: ("ftjob-1", 1) not in running_attempts())
-    alive = launcher.alive("ftjob-1", 1)
+    launcher.end(JOB, 1)
+    gone = until(lambda: (JOB, 1) not in running_attempts())
+    alive = launcher.alive(JOB, 1)
     ray.kill(rows)
     return {"child_gone_after_s": gone, "alive": alive}
 
