@@ -18,7 +18,14 @@ from app.db.migrate import migrate
 from app.db.session import Database
 
 TEMPLATE = "template_heliostat"
-UNSAFE_BUT_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "32MB"}
+UNSAFE_BUT_FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "shared_buffers": "32MB",
+    # Its transactions are open ones too: a reader of events waits for them.
+    "autovacuum": "off",
+}
 
 
 @pytest.fixture(scope="session")
