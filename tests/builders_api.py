@@ -17,7 +17,7 @@ import httpx
 import uvicorn
 from builders_db import make_base_model, make_node
 from fastapi import FastAPI
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from app.auth.issuer import Issuer, TokenRequest
 from app.auth.verify import make_verifier
@@ -121,7 +121,7 @@ def serving(api: Api) -> Iterator[Api]:
         yield api
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=PATIENCE_S)
         listener.close()
         assert not thread.is_alive()
 
