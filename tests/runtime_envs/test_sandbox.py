@@ -17,6 +17,7 @@ import psutil
 import pytest
 from waiting import asked, lives, until
 
+from runtime_envs.sandbox import watch as watching
 from runtime_envs.sandbox.devices import leased
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.process import exit_code, prepared
@@ -206,7 +207,8 @@ def test_only_signals_with_a_name_are_signals(code: int, seen: int) -> None:
     assert exit_code(code) == seen
 
 
-def test_a_tree_that_takes_too_much_memory_is_told_on() -> None:
+def test_a_tree_that_takes_too_much_memory_is_told_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "LOOK_S", 0.05)
     told: list[int] = []
     script = "import os, time; os.fork(); kept = bytearray(os.urandom(1)) * (60 << 20); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-S", "-c", script], start_new_session=True)

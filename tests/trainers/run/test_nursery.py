@@ -131,6 +131,7 @@ def test_and_a_hog_is_named_though_its_parent_is_a_keeper(
 ) -> None:
     monkeypatch.setattr(confinement, "memory_share", lambda task: 300 << 20)
     monkeypatch.setattr(child_process, "memory_share", lambda task: 300 << 20)
+    monkeypatch.setattr(watch, "LOOK_S", 0.05)
     made = world(tmp_path, hog, settings={"isolation": Isolation.REQUIRED}, uid=31_778)
     made.agent.children = Nursery(("-c", SCRIPT.read_text()))
     store = run(made).store

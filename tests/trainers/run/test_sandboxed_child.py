@@ -16,6 +16,7 @@ from fakes_driver import World, make_world
 from waiting import PATIENCE_S, asked, lives, until
 
 from cluster.processes import end_attempt, running_attempts
+from runtime_envs.sandbox import watch
 from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
@@ -112,7 +113,10 @@ def _uid(process: psutil.Process) -> int | None:
 @needs_sandbox
 @needs_groups
 @pytest.mark.parametrize("hog", [does.HOG, does.HOGS])
-def test_more_memory_than_its_part_has_a_name_however_fast_it_was(tmp_path: Path, hog: int) -> None:
+def test_more_memory_than_its_part_has_a_name_however_fast_it_was(
+    tmp_path: Path, hog: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_S", 0.05)
     made, task = isolated(tmp_path, hog)
     driver = Listener()
     work(made, replace(task, memory_gb=0.3), driver).join(PATIENCE_S)
