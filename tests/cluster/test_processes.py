@@ -88,3 +88,17 @@ def test_an_attempt_that_outlives_the_time_is_not_called_dead(spawn: Spawn, monk
     monkeypatch.setattr(processes._Traces, "kill", lambda traces, pid: None)  # as in uninterruptible sleep
     assert not end_attempt(f"{JOB}-4", 1, timeout_s=0.1)
     assert process.poll() is None
+
+
+def test_a_process_that_shows_no_environment_for_a_moment_is_ended_too(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while it starts a program: a launcher does that several times on its way."""
+    process = spawn(f"{JOB}-5/1")
+    assert _said(process) == "up"
+    shown, looks = processes._attempt_of, iter([None])
+    monkeypatch.setattr(
+        processes, "_attempt_of", lambda pid: next(looks, shown(pid)) if pid == process.pid else shown(pid)
+    )
+    assert end_attempt(f"{JOB}-5", 1)
+    assert process.wait(60) == -9
