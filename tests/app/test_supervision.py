@@ -97,6 +97,7 @@ def test_what_a_killed_supervisor_left_is_ended_by_the_next(settings: Settings, 
     settings.run_dir.mkdir(parents=True)
     killed._say()
     left = start("left", PARENT, environment(instance), tmp_path / "log")
+    until(lambda: list(marked(instance)))  # /proc shows it a moment after the start
     Supervisor(settings)._claim_data_dir()
     assert not left.alive
     assert list(marked(instance)) == []
@@ -111,6 +112,7 @@ def test_the_command_ends_what_a_killed_supervisor_left(settings: Settings, inst
     killed.state.scratch = str(scratch)
     killed._say()
     left = start("left", SLEEPER, environment(instance), tmp_path / "log")
+    until(lambda: list(marked(instance)))
     with FileLock(settings.run_dir / "lock", is_singleton=False):  # the supervisor lives, whatever its state file says
         assert not end_left_behind(settings.data_dir, read_state(settings.data_dir))
         assert left.alive
@@ -157,6 +159,7 @@ def test_a_full_disk_neither_stops_the_service_nor_leaves_it_behind(
 
     def start_all() -> None:
         one._control = started["control"] = start("control", PARENT, environment(instance), tmp_path / "log")
+        until(lambda: list(marked(instance)))
         monkeypatch.setattr(supervisor, "replace_text", full_disk)
 
     def look() -> None:
