@@ -8,10 +8,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from waiting import PATIENCE_S
 
@@ -43,8 +44,11 @@ ENVIRONMENT = "f" * 64
 
 @dataclass
 class MemoryStore:
-    """`trainers.run.ports.DriverStore`; `down` and `attempt` may be changed by a test."""
+    """`trainers.run.ports.DriverStore`; `down` and `attempt` may be changed by a test. While `lock` is held no event is written."""
 
+    lock: ClassVar[AbstractContextManager[bool]] = (
+        threading.RLock()
+    )  # not the instance's: that one is sent to other processes
     given: Assignment
     state: JobState = JobState.PREPARING
     wish: Wish = Wish.RUN
@@ -63,8 +67,6 @@ class MemoryStore:
     freed: int = 0
     allowed: Allowance | None = None
     on_checkpoint: Callable[[], None] = lambda: None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """No event is written while it is held."""
 
     def _check(self, attempt: int) -> None:
         if self.down:

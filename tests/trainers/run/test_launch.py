@@ -75,7 +75,8 @@ def head(variables: dict[str, str]) -> Iterator[str]:
         finally:
             for node in reversed(nodes):
                 node.send_signal(signal.SIGTERM)
-                node.wait(60)  # it ends a dozen processes one after the other
+            for node in nodes:
+                node.wait(300)  # it ends a dozen processes one after the other
 
 
 def start_ray(log: Path, variables: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
