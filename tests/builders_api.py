@@ -71,7 +71,7 @@ class Api:
 
     def client(self, tenant: str | None = "acme", role: str = "admin", **fields: Any) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.token(tenant, role, **fields)}"}
-        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=PATIENCE_S, trust_env=False)
 
     def add_cluster(self, kind: str = "cpu", memory_gb: float = 8.0, base: str = "tiny") -> None:
         """A node, a base model and one that is too big for it."""

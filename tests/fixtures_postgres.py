@@ -16,7 +16,7 @@ from psycopg import sql
 
 from app.db.embedded import EmbeddedPostgres
 from app.db.migrate import migrate
-from app.db.session import Database
+from app.db.session import Database, PoolSettings
 
 TEMPLATE = "template_heliostat"
 UNSAFE_BUT_FAST = {
@@ -28,6 +28,8 @@ UNSAFE_BUT_FAST = {
     # Its transactions are open ones too: a reader of events waits for them.
     "autovacuum": "off",
 }
+PATIENT = PoolSettings(wait_s=60.0, connect_timeout_s=60)
+"""A machine that stands still for some seconds is no database that is down."""
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
 
@@ -58,7 +60,7 @@ def dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
 
 @pytest.fixture
 def database(dsn: str) -> Iterator[Database]:
-    database = Database(dsn)
+    database = Database(dsn, PATIENT)
     yield database
     database.close()
 

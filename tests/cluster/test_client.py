@@ -177,7 +177,9 @@ def test_prometheus_finds_the_jobs_of_a_tenant(store: FileStore) -> None:
 
     def exported() -> bool:
         lines[:] = [
-            line for line in httpx.get(url).text.splitlines() if line.startswith(("heliostat", "ray_heliostat"))
+            line
+            for line in httpx.get(url, timeout=60).text.splitlines()
+            if line.startswith(("heliostat", "ray_heliostat"))
         ]
         return all(any(name in line for line in lines) for name in wanted)
 
