@@ -254,7 +254,10 @@ def test_waiting_survives_a_lost_connection(database: Database, store: SqlSchedu
 
 
 @settings(
-    max_examples=4, deadline=None, phases=GENERATE_ONLY, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4,
+    deadline=None,
+    phases=GENERATE_ONLY,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 3), min_size=1, max_size=3)), min_size=10, max_size=30)
