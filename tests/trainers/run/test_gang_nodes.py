@@ -165,10 +165,10 @@ def test_the_best_weights_reach_the_node_without_the_checkpoint(base: Path, tmp_
     assert after == pytest.approx(min(during), rel=1e-6), "both nodes evaluate the best weights"
 
 
-def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(
-    on_one_node: GangOfNodes, base: Path, tmp_path: Path
-) -> None:
-    job = GangOfNodes(tmp_path, base)
+def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(base: Path, tmp_path: Path) -> None:
+    """Of more steps than pass while the order is on its way."""
+    alone = GangOfNodes(tmp_path / "alone", base, {"n1": (0, 1)}, max_steps=24).run()
+    job = GangOfNodes(tmp_path, base, max_steps=24)
     job.start()
     until(lambda: bool(job.store.steps))
     job.store.order = How.PARK
@@ -178,7 +178,7 @@ def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(
     job.driver.nudge()
     job.end()
     assert job.store.state is JobState.SUCCEEDED, job.store.error
-    assert job.losses == on_one_node.losses
+    assert job.losses == alone.losses and len(job.losses) == 24
 
 
 def test_a_rank_that_is_killed_on_another_node_ends_the_attempt_with_its_own_word(base: Path, tmp_path: Path) -> None:
