@@ -17,6 +17,8 @@ Attempt = tuple[str, int]
 
 _PREFIX = f"{MARK_VARIABLE}=".encode()
 _POLL_S = 0.02
+_EMPTY_LOOKS = 2
+"""For a moment while it starts a program, a process shows no environment: one empty look is not enough."""
 
 
 def running_attempts() -> frozenset[Attempt]:
@@ -30,12 +32,16 @@ def end_attempt(job_id: str, attempt: int, timeout_s: float = 5.0) -> bool:
     Killing and looking alternate, so that what was forked meanwhile is found too."""
     deadline = time.monotonic() + timeout_s
     traces = _Traces((job_id, attempt))
-    while living := traces.living():
+    empty_looks = 0
+    while empty_looks < _EMPTY_LOOKS:
+        living = traces.living()
         for pid in living:
             traces.kill(pid)
-        if time.monotonic() >= deadline:
+        if living and time.monotonic() >= deadline:
             return False
-        time.sleep(_POLL_S)
+        empty_looks = 0 if living else empty_looks + 1
+        if empty_looks < _EMPTY_LOOKS:
+            time.sleep(_POLL_S)
     return True
 
 

@@ -17,7 +17,7 @@ import httpx
 import uvicorn
 from builders_db import make_base_model, make_node
 from fastapi import FastAPI
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from app.auth.issuer import Issuer, TokenRequest
 from app.auth.verify import make_verifier
@@ -71,7 +71,7 @@ class Api:
 
     def client(self, tenant: str | None = "acme", role: str = "admin", **fields: Any) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.token(tenant, role, **fields)}"}
-        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=30, trust_env=False)
+        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=PATIENCE_S, trust_env=False)
 
     def add_cluster(self, kind: str = "cpu", memory_gb: float = 8.0, base: str = "tiny") -> None:
         """A node, a base model and one that is too big for it."""
@@ -121,7 +121,7 @@ def serving(api: Api) -> Iterator[Api]:
         yield api
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=PATIENCE_S)
         listener.close()
         assert not thread.is_alive()
 

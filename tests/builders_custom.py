@@ -81,4 +81,4 @@ def conductor(python: str = sys.executable) -> Iterator[Child]:
         yield Child(ours)
     finally:
         ours.close()
-        process.wait(10)
+        process.wait(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -276,6 +277,7 @@ class FakeNodes:
         self.asked: list[tuple[str, str, int]] = []
         self.expected: dict[str, list[Attempt]] = {}
         self.prepared: list[tuple[str, object]] = []
+        self._lock = threading.Lock()
 
     def expect(self, node: str, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
         unknown = [one for one in attempts if one not in self.expected.get(node, ())]
@@ -283,7 +285,8 @@ class FakeNodes:
         return unknown
 
     def stage_ahead(self, node: str, model: StagedModel) -> None:
-        self.nodes[node] = replace(self.nodes[node], models=self.nodes[node].models | {model.sha256})
+        with self._lock:  # two models may come to a node at a time
+            self.nodes[node] = replace(self.nodes[node], models=self.nodes[node].models | {model.sha256})
 
     def prepare_ahead(self, node: str, coming: object) -> None:
         self.prepared.append((node, coming))

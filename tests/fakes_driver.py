@@ -8,10 +8,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from waiting import PATIENCE_S
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement, Wish, may_follow
@@ -41,8 +44,11 @@ ENVIRONMENT = "f" * 64
 
 @dataclass
 class MemoryStore:
-    """`trainers.run.ports.DriverStore`; `down` and `attempt` may be changed by a test."""
+    """`trainers.run.ports.DriverStore`; `down` and `attempt` may be changed by a test. While `lock` is held no event is written."""
 
+    lock: ClassVar[AbstractContextManager[bool]] = (
+        threading.RLock()
+    )  # not the instance's: that one is sent to other processes
     given: Assignment
     state: JobState = JobState.PREPARING
     wish: Wish = Wish.RUN
@@ -98,8 +104,8 @@ class MemoryStore:
     def park(self, job_id: str, attempt: int) -> bool:
         self._check(attempt)
         if self.state is JobState.RUNNING and self.order is How.PARK:
+            self.freed += 1  # before who waits for the state looks
             self.state, self.order = JobState.PARKED, None
-            self.freed += 1
         return self.state is JobState.PARKED
 
     def event(
@@ -112,8 +118,9 @@ class MemoryStore:
         level: str = "info",
         data: dict[str, Any] | None = None,
     ) -> None:
-        self._check(attempt)
-        self.events.append((type, message, data or {}))
+        with self.lock:
+            self._check(attempt)
+            self.events.append((type, message, data or {}))
 
     def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
         self._check(attempt)
@@ -166,7 +173,7 @@ class FolderAgent:
         return NodeReport(node, cpus=self.cpus)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
-        self.hold.wait(30)
+        self.hold.wait(PATIENCE_S)
         if self.fails:
             raise self.fails
         return {"fingerprint": ENVIRONMENT, "prefix": sys.prefix, "python": sys.executable}
@@ -250,7 +257,7 @@ class World:
     root: Path
 
 
-JOB = "ftjob-" + os.environ.get("PYTEST_XDIST_WORKER", "1").removeprefix("gw")
+JOB = f"ftjob-{os.getpid()}"
 """Tests that run side by side look for their own processes."""
 
 

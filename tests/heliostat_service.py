@@ -86,7 +86,7 @@ class Service:
         for client in self._clients:
             client.close()
         try:
-            self.heliostat("down", "--data-dir", str(self.data_dir), check=False, timeout_s=90)
+            self.heliostat("down", "--data-dir", str(self.data_dir), check=False, timeout_s=240)
         finally:
             left = [process.name() for process in marked(self.instance)] if self.instance else []
             end_marked(self.instance or "none")
@@ -109,7 +109,7 @@ class Service:
 
     def client(self, token: str | None = None) -> httpx.Client:
         headers = {"authorization": f"Bearer {token or self.token('default')}"}
-        client = httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=60)
+        client = httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=240)
         self._clients.append(client)
         return client
 
@@ -121,7 +121,7 @@ class Service:
         made = self.heliostat("token", "create", "--tenant", name, "--role", "admin", "--expires-in", "2h")
         return self.client(made.stdout.strip())
 
-    def add_base_model(self, name: str, source: Path, timeout_s: float = 180) -> None:
+    def add_base_model(self, name: str, source: Path, timeout_s: float = 400) -> None:
         self.heliostat("--context", "operator", "base-model", "add", name, str(source), timeout_s=timeout_s)
 
     def pids(self, wanted: Callable[[psutil.Process], bool]) -> list[int]:
@@ -184,7 +184,7 @@ def wait_for(what: Callable[[], Any], timeout_s: float, every_s: float = 0.2) ->
     raise AssertionError(f"not within {timeout_s} s; last: {last}")
 
 
-def wait_done(client: httpx.Client, job_id: str, timeout_s: float = 180) -> Row:
+def wait_done(client: httpx.Client, job_id: str, timeout_s: float = 400) -> Row:
     def done() -> Row | None:
         seen = job(client, job_id)
         return seen if seen["status"] in TERMINAL else None

@@ -72,7 +72,7 @@ def run_with_kill(service: Service, target: str, step: int, timeout_s: float = 2
     """One job, one SIGKILL of `target` after `step`; (job id, its steps). Raises AssertionError when it does not succeed."""
     client = service.client()
     job_id = submit(client, **TWO_SLOTS)
-    wait_for(reached(service, job_id, step), 120)
+    wait_for(reached(service, job_id, step), 300)
     kill(service, target, job_id)
     if target == "supervisor":  # nobody is left to start anything: an operator does, and finds all as it was
         service.up()

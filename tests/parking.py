@@ -17,6 +17,8 @@ from builders_llama import capital_rows, make_tiny_llama, write_rows
 from trainers.config import TrainConfig
 
 EVAL_STEPS = 5
+STEPS_TO_SPARE = 40
+"""They pass while an order is on its way."""
 MOMENTS = ("step", "evaluation", "checkpoint", "lag")
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -108,7 +110,7 @@ class Turns:
 
 def take_turns(zygote: Zygote, root: Path, ranks: int, switches: int, dice: random.Random) -> Turns:
     """Raises AssertionError where a number differs from the run that was alone."""
-    configs = make_pair(root, ranks, steps=8 * switches)
+    configs = make_pair(root, ranks, steps=8 * switches + STEPS_TO_SPARE)
     alone = [numbers(zygote.child().run(config)) for config in configs]
     first, second = (replace(config, output_dir=f"{config.output_dir}-in-turns") for config in configs)
     one, other = zygote.child(), zygote.child()

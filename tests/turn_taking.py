@@ -111,7 +111,7 @@ def _look(service: Service) -> tuple[list[tuple[str, str, list[int], Any]], set[
 
 def run_alone(service: Service, client: httpx.Client, steps: int) -> list[StepLoss]:
     job_id = submit(client, **Work("", steps).body())
-    wait_for(lambda: job(client, job_id)["status"] == "succeeded", 180)
+    wait_for(lambda: job(client, job_id)["status"] == "succeeded", 300)
     return losses(service, job_id)
 
 

@@ -183,7 +183,7 @@ async def bring(package: Package, progress: Progress) -> None:
     descriptor = await asyncio.to_thread(alone, package.file)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         if package.place.exists():
-            shutil.rmtree(package.folder)
+            discard(package.folder)
             progress.add(package.size)
             return
         arriving = await asyncio.to_thread(Arriving, file, package, progress)
@@ -192,20 +192,20 @@ async def bring(package: Package, progress: Progress) -> None:
             arriving.restart()
             await download(package, arriving)
         if arriving.digest.hexdigest() != package.sha256:
-            shutil.rmtree(package.folder)
+            discard(package.folder)
             raise Failed("it is another file than the lock says (SHA-256)")
         await unpack(package)
-        shutil.rmtree(package.folder)
+        discard(package.folder)
 
 
 def alone(path: Path) -> int:
     """A descriptor that holds the lock on this file, which others may have removed while it was waited for."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # the folder is gone again
+        except (FileExistsError, FileNotFoundError):
+            continue  # the folder was there, and is gone again
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -213,6 +213,11 @@ def alone(path: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Whoever holds the lock on its file. Another may make a file of his own meanwhile; he finds the folder his to remove."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 async def download(package: Package, arriving: Arriving) -> None:

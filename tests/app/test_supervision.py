@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +97,7 @@ def test_what_a_killed_supervisor_left_is_ended_by_the_next(settings: Settings, 
     settings.run_dir.mkdir(parents=True)
     killed._say()
     left = start("left", PARENT, environment(instance), tmp_path / "log")
+    until(lambda: list(marked(instance)))  # /proc shows it a moment after the start
     Supervisor(settings)._claim_data_dir()
     assert not left.alive
     assert list(marked(instance)) == []
@@ -112,6 +112,7 @@ def test_the_command_ends_what_a_killed_supervisor_left(settings: Settings, inst
     killed.state.scratch = str(scratch)
     killed._say()
     left = start("left", SLEEPER, environment(instance), tmp_path / "log")
+    until(lambda: list(marked(instance)))
     with FileLock(settings.run_dir / "lock", is_singleton=False):  # the supervisor lives, whatever its state file says
         assert not end_left_behind(settings.data_dir, read_state(settings.data_dir))
         assert left.alive
@@ -125,9 +126,7 @@ def test_the_command_ends_what_a_killed_supervisor_left(settings: Settings, inst
 def test_the_whole_tree_of_an_instance_ends_and_nothing_else(instance: str, tmp_path: Path) -> None:
     bystander = start("other", SLEEPER, environment("another"), tmp_path / "log")
     parent = start("parent", PARENT, environment(instance), tmp_path / "log")
-    deadline = time.monotonic() + 10
-    while len(list(marked(instance))) < 2:
-        assert time.monotonic() < deadline
+    until(lambda: len(list(marked(instance))) == 2)
     assert end_marked(instance) == 2
     assert list(marked(instance)) == []
     assert bystander.alive and not parent.alive
@@ -160,6 +159,7 @@ def test_a_full_disk_neither_stops_the_service_nor_leaves_it_behind(
 
     def start_all() -> None:
         one._control = started["control"] = start("control", PARENT, environment(instance), tmp_path / "log")
+        until(lambda: list(marked(instance)))
         monkeypatch.setattr(supervisor, "replace_text", full_disk)
 
     def look() -> None:

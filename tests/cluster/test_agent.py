@@ -21,6 +21,7 @@ from cluster.processes import MARK_VARIABLE
 from cluster.staging import Staging
 from cluster.storage.objects import ObjectStore, folder_sha256
 
+JOB = f"ftjob-end{os.getpid()}"
 MODEL = {"config.json": b"{}", "weights/model.safetensors": b"w" * 100_000}
 
 
@@ -242,12 +243,12 @@ def test_a_job_id_cannot_leave_its_folder(agent: NodeAgent) -> None:
 
 
 def test_ending_an_attempt_kills_its_processes_and_clears_its_scratch(agent: NodeAgent, objects: ObjectStore) -> None:
-    scratch = Path(agent.stage_attempt("ftjob-end", 1, _files(objects)))
-    with subprocess.Popen(["sleep", "600"], env={MARK_VARIABLE: "ftjob-end/1"}, start_new_session=True) as process:
+    scratch = Path(agent.stage_attempt(JOB, 1, _files(objects)))
+    with subprocess.Popen(["sleep", "600"], env={MARK_VARIABLE: f"{JOB}/1"}, start_new_session=True) as process:
         try:
-            until(lambda: agent.report().attempts == {("ftjob-end", 1)})  # /proc shows it a moment after the start
-            assert agent.end_attempt("ftjob-end", 1)
-            assert process.wait(5) == -9
+            until(lambda: agent.report().attempts == {(JOB, 1)})  # /proc shows it a moment after the start
+            assert agent.end_attempt(JOB, 1)
+            assert process.wait(60) == -9
         finally:
             process.kill()
     assert not scratch.exists()

@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from fakes_cluster import ManualClock
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.asking import PENDING, Asking, Inline
 from cluster.errors import Unavailable
@@ -26,7 +26,7 @@ def test_a_question_is_open_once_and_its_answer_wakes_who_asked() -> None:
 
     def slow() -> str:
         calls.append(1)
-        hold.wait(10)
+        hold.wait(PATIENCE_S)
         return "late"
 
     with ThreadPoolExecutor(4) as pool:

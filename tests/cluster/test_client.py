@@ -21,7 +21,7 @@ from builders_cluster import a_job, gang
 from fakes_cluster import FileStore
 from ray._private.authentication_test_utils import reset_auth_token_state
 from ray.exceptions import RayError
-from waiting import until
+from waiting import asked, until
 
 from cluster import client
 from cluster.core.job import JobState
@@ -77,8 +77,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for member in family:
         if member.is_running():
             member.kill()
-    process.wait(10)
-    psutil.wait_procs(family, 10)
+    process.wait(60)
+    psutil.wait_procs(family, 60)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def store() -> Iterator[FileStore]:
     head = _start_ray(folder, port)
     try:
         log = folder / "ray.log"
-        until(lambda: b"Ray runtime started" in log.read_bytes() or head.poll() is not None, 60)
+        until(lambda: b"Ray runtime started" in log.read_bytes() or head.poll() is not None)
         assert head.poll() is None, log.read_text()
         client.connect(f"127.0.0.1:{port}")
         client.ensure_agents(wiring_cluster.agent_parts)
@@ -109,7 +109,7 @@ def _pid_of(actor_class: str) -> int:
         process.pid
         for process in psutil.process_iter(["cmdline"])
         if (process.info["cmdline"] or [""])[0].startswith(f"ray::{actor_class}")
-        and wiring_cluster.FOLDER_VARIABLE in process.environ()
+        and wiring_cluster.FOLDER_VARIABLE in asked(process.environ, {})
     ]
     return pid
 
@@ -124,12 +124,12 @@ def _named_actors() -> set[str]:
 
 def test_jobs_are_granted_on_the_agents_node_and_recovered(store: FileStore) -> None:
     store.queue(a_job("ftjob-a", gang(1)))
-    until(lambda: _granted(store) == [("ftjob-a", 1)], 30)
-    until(lambda: "ftjob-a/1" in client.scheduler_state()["running"], 10)
+    until(lambda: _granted(store) == [("ftjob-a", 1)])
+    until(lambda: "ftjob-a/1" in client.scheduler_state()["running"])
     store.move("ftjob-a", JobState.RUNNING)
-    until(lambda: "driver-ftjob-a-1" in _named_actors(), 20)  # granted is not yet started
+    until(lambda: "driver-ftjob-a-1" in _named_actors())  # granted is not yet started
     ray.kill(ray.get_actor("driver-ftjob-a-1", client.NAMESPACE))
-    until(lambda: _granted(store) == [("ftjob-a", 2)], 20)
+    until(lambda: _granted(store) == [("ftjob-a", 2)])
     assert store.look().reasons == ["its driver is gone"]
 
 
@@ -137,16 +137,16 @@ def test_a_killed_scheduler_comes_back_and_goes_on(store: FileStore) -> None:
     epoch = store.look().epoch
     os.kill(_pid_of("SchedulerActor"), 9)
     store.queue(a_job("ftjob-b", gang(1)))
-    until(lambda: ("ftjob-b", 1) in _granted(store), 30)
+    until(lambda: ("ftjob-b", 1) in _granted(store))
     assert store.look().epoch == epoch + 1
     assert len(_granted(store)) == 2
 
 
 def test_a_killed_agent_comes_back_and_its_node_with_it(store: FileStore) -> None:
     os.kill(_pid_of("AgentActor"), 9)
-    until(lambda: _answers(), 30)
+    until(_answers)
     store.move("ftjob-b", JobState.SUCCEEDED)
-    until(lambda: ("ftjob-b", 1) not in _granted(store), 30)
+    until(lambda: ("ftjob-b", 1) not in _granted(store))
 
 
 def _answers() -> bool:
@@ -185,9 +185,11 @@ def test_prometheus_finds_the_jobs_of_a_tenant(store: FileStore) -> None:
 
     def exported() -> bool:
         lines[:] = [
-            line for line in httpx.get(url).text.splitlines() if line.startswith(("heliostat", "ray_heliostat"))
+            line
+            for line in httpx.get(url, timeout=60).text.splitlines()
+            if line.startswith(("heliostat", "ray_heliostat"))
         ]
         return all(any(name in line for line in lines) for name in wanted)
 
-    until(exported, 40)
+    until(exported)
     assert all('tenant="' in line and "ftjob" not in line for line in lines)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from builders_cluster import a_node
 from fakes_cluster import FakeDrivers, FakeNodes, ManualClock, MemoryStore
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.job import Node
 from cluster.errors import Unavailable
@@ -35,10 +34,11 @@ class World:
         self.scheduler.open()
 
     def rounds(self) -> None:
+        """After each of them all that was asked is answered, however slow the threads are."""
         for _ in range(12):
             self.clock.advance(0.1)
             self.scheduler.round()
-            time.sleep(0.01)  # where threads answer
+            until(lambda: all(answer.done() for answer in self.scheduler._asking._open.values()))
 
     def missing(self) -> set[tuple[str, str]]:
         nodes = self.nodes.nodes.values()
@@ -94,7 +94,7 @@ def test_a_few_copies_at_a_time_leave_threads_for_questions() -> None:
     def slow(node: str, model: StagedModel) -> None:
         under_way[0] += 1
         most[0] = max(most[0], under_way[0])
-        go.acquire(timeout=30)
+        go.acquire(timeout=PATIENCE_S)
         FakeNodes.stage_ahead(world.nodes, node, model)
         under_way[0] -= 1
 
@@ -106,5 +106,5 @@ def test_a_few_copies_at_a_time_leave_threads_for_questions() -> None:
         go.release()
         return world.missing() == set()
 
-    until(looked, 30)
+    until(looked)
     assert 0 < most[0] <= AT_A_TIME

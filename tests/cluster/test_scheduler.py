@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from builders_cluster import a_job, a_node, gang
 from fakes_cluster import FakeDrivers, FakeNodes, ManualClock, MemoryStore
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.job import JobState
 from cluster.errors import Conflict, Fenced, Unavailable
@@ -345,7 +345,7 @@ def _run(scheduler: Scheduler) -> Callable[[], None]:
 
     def stop() -> None:
         scheduler.stop()
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
     return stop

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from builders_cluster import a_job, a_node, gang
 from fakes_cluster import FakeDrivers, FakeNodes, ManualClock, MemoryStore
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Priority, TenantShare
@@ -327,7 +327,7 @@ def loop() -> Iterator[Callable[[Scheduler], None]]:
     yield run
     for scheduler, thread in started:
         scheduler.stop()
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 
@@ -338,7 +338,7 @@ def test_slow_nodes_hold_nobody_up(loop: Callable[[Scheduler], None]) -> None:
     answer = world.nodes.end_attempt
 
     def slow(node: str, job_id: str, attempt: int) -> bool | None:
-        hold.wait(20)
+        hold.wait(PATIENCE_S)
         return answer(node, job_id, attempt)
 
     world.nodes.end_attempt = slow  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ def test_a_job_stops_at_its_budget_and_goes_on_with_a_larger_one(service: Servic
         assert seen["status"] not in ("succeeded", "failed"), seen
         return seen if seen["status"] == "paused" else None
 
-    seen = wait_for(paused, 120)
+    seen = wait_for(paused, 300)
     assert seen["error"]["code"] == "budget_reached" and seen["status_details"]["reason"].startswith("budget_reached")
     assert client.post(f"/finetune/{job_id}/resume").json()["error"]["code"] == "budget_reached"
     assert "checkpoint" in [event["type"] for event in events(client, job_id)]

@@ -44,13 +44,13 @@ def test_the_process_that_waited_with_its_job_trains(service: Service) -> None:
     assert wait_done(client, alone)["status"] == "succeeded", explain_failure(service, client, alone)
 
     holder = submit(client, **body(20_000), priority="urgent")
-    wait_for(reached(service, holder, 1), 120)
+    wait_for(reached(service, holder, 1), 300)
     waiting = submit(client, **body(40))
-    ahead = wait_for(lambda: keepers(waiting), 120)
+    ahead = wait_for(lambda: keepers(waiting), 300)
     assert job(client, waiting)["status"] == "queued"
     assert client.post(f"/finetune/{holder}/cancel").status_code in (200, 202)
 
-    wait_for(reached(service, waiting, 2), 120, every_s=0.02)
+    wait_for(reached(service, waiting, 2), 300, every_s=0.02)
     assert keepers(waiting) == ahead, "a second child was started, or the first one left"
     assert wait_done(client, waiting)["status"] == "succeeded", explain_failure(service, client, waiting)
     assert [row.loss for row in losses(service, waiting)] == [row.loss for row in losses(service, alone)]

@@ -97,7 +97,7 @@ def scene(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
         for client in (victim, attacker):
             upload(client, "first", rows(4000))
         victims_job = train(victim, steps=100_000)
-        wait_for(lambda: job(victim, victims_job)["status"] == "running", 120)
+        wait_for(lambda: job(victim, victims_job)["status"] == "running", 300)
         with listening() as name:
             targets = around(service, victims_job) | {"abstract": [name]}
             yield Scene(service, shelf, attacker, victim, victims_job, targets)
@@ -180,7 +180,7 @@ def test_env_run_is_sealed_as_a_training_is(scene: Scene) -> None:
 def test_nobody_stays_behind_when_the_job_has_ended(scene: Scene) -> None:
     job_id, seen = scene.attack("2.0", "leave")
     assert seen["status"] == "succeeded", explain_failure(scene.service, scene.attacker, job_id)
-    wait_for(lambda: not left_behind(), 10)
+    wait_for(lambda: not left_behind(), 300)
     scene.unharmed()
 
 

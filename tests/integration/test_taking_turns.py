@@ -34,7 +34,7 @@ def test_six_jobs_of_three_tenants_take_turns(service: Service) -> None:
 
     with watched(service, set(clients)) as ledger:
         jobs = [(work, submit(clients[work.tenant], **work.body())) for work in WORK]
-        wait_for(lambda: sum(job(clients[work.tenant], id)["status"] == "running" for work, id in jobs) >= 2, 90)
+        wait_for(lambda: sum(job(clients[work.tenant], id)["status"] == "running" for work, id in jobs) >= 2, 300)
         urgent = submit(clients["initech"], **URGENT.body())
         waits = follow_urgent(service, clients["initech"], urgent)
         jobs.append((URGENT, urgent))

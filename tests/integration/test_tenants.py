@@ -38,7 +38,7 @@ def test_two_tenants_at_once_with_two_versions_of_one_package(service: Service) 
     tenants = {"1.0": service.tenant("acme"), "2.0": service.tenant("globex")}
     jobs = {version: _job_with(client, version) for version, client in tenants.items()}
     for tenant, job_id in zip(("acme", "globex"), jobs.values(), strict=True):
-        assert f"JobDriver(tenant={tenant}, job={job_id}, attempt=1)" in wait_for(lambda: _shown(service, 2), 60)
+        assert f"JobDriver(tenant={tenant}, job={job_id}, attempt=1)" in wait_for(lambda: _shown(service, 2), 300)
     for version, client in tenants.items():
         seen = wait_done(client, jobs[version])
         assert seen["status"] == "succeeded", explain_failure(service, client, jobs[version])
@@ -53,9 +53,9 @@ def test_two_tenants_at_once_with_two_versions_of_one_package(service: Service) 
 def _shown(service: Service, count: int) -> list[str]:
     """The drivers that the Ray dashboard shows as alive, once there are so many; it answers nobody without the token."""
     url = f"{service.state()['dashboard_url']}/logical/actors"
-    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, timeout=60).status_code == 401
     token = (service.data_dir / "keys" / "ray.token").read_text()
-    actors = httpx.get(url, headers={"authorization": f"Bearer {token}"}).json()["data"]["actors"].values()
+    actors = httpx.get(url, headers={"authorization": f"Bearer {token}"}, timeout=60).json()["data"]["actors"].values()
     drivers = [
         actor["reprName"]
         for actor in actors

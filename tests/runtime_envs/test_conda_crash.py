@@ -47,9 +47,9 @@ def test_killed_at_twenty_points(tmp_path: Path, wheels: Path, places: CondaPlac
     for _ in range(KILLS):
         process = start_build(tmp_path / "node", wheels, lock)
         try:
-            process.wait(timeout=chance.uniform(0.05, seconds))
+            process.wait(timeout=chance.uniform(0.01, seconds))
             finished += 1
-            seconds = max(0.5, seconds / 2)
+            seconds = max(0.1, seconds / 2)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -4,6 +4,7 @@ its hash is right."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from builders_channel import ChannelServer, conda_yml
 
 from runtime_envs.budget import prune
+from runtime_envs.conda import fetch_process
 from runtime_envs.conda.engine import FETCH, ask
 from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
@@ -165,6 +167,20 @@ def test_two_who_want_it_fetch_it_once(bare: Node, python: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: bare.fetch(python), range(4)))
     assert bare.whole(python) and starts(bare.server) == [0]
+
+
+def test_a_folder_may_be_gone_at_any_moment(tmp_path: Path) -> None:
+    """Who has finished removes it, while others make it and wait for its lock."""
+    file = tmp_path / "downloads" / "digest" / "package"
+
+    def come_and_go(_: int) -> None:
+        for _ in range(300):
+            with os.fdopen(fetch_process.alone(file), "rb"):
+                fetch_process.discard(file.parent)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert not file.parent.exists()
 
 
 def test_pruning_takes_what_arrived_in_part(bare: Node, python: Path) -> None:

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from runtime_envs.flock import held, try_lock
 
@@ -42,8 +42,5 @@ def test_it_outlives_its_holder_while_the_installer_still_writes(tmp_path: Path)
         descriptor = os.open(path, os.O_RDWR)
         assert not try_lock(descriptor)
         holder.stdin.close()  # at its end the helper leaves
-        deadline = time.monotonic() + 60
-        while not try_lock(descriptor):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: try_lock(descriptor))
         os.close(descriptor)

@@ -14,7 +14,7 @@ def test_messages_arrive_whole_and_in_order() -> None:
     ours, theirs = pair()
     for step in range(50):
         ours.send("step", step=step, text="ä\n{")
-    assert [theirs.receive(1) for _ in range(50)] == [{"type": "step", "step": i, "text": "ä\n{"} for i in range(50)]
+    assert [theirs.receive(60) for _ in range(50)] == [{"type": "step", "step": i, "text": "ä\n{"} for i in range(50)]
     ours.close()
     theirs.close()
 
@@ -24,7 +24,7 @@ def test_several_threads_may_send() -> None:
     threads = [threading.Thread(target=lambda n=n: [ours.send("log", n=n) for _ in range(100)]) for n in range(4)]  # type: ignore[misc]
     for thread in threads:
         thread.start()
-    got = [(theirs.receive(5) or {})["n"] for _ in range(400)]
+    got = [(theirs.receive(60) or {})["n"] for _ in range(400)]
     for thread in threads:
         thread.join()
     assert sorted(got) == sorted([0, 1, 2, 3] * 100)
@@ -36,8 +36,8 @@ def test_end_of_file_is_none() -> None:
     ours, theirs = pair()
     ours.send("ping")
     ours.close()
-    assert theirs.receive(1) == {"type": "ping"}
-    assert theirs.receive(1) is None
+    assert theirs.receive(60) == {"type": "ping"}
+    assert theirs.receive(60) is None
     theirs.close()
 
 
@@ -61,7 +61,7 @@ def test_the_largest_message_passes_and_a_larger_one_is_refused() -> None:
     ours, theirs = pair()
     room = MAX_MESSAGE_BYTES - len('{"type":"log","message":""}')
     ours.send("log", message="x" * room)
-    assert len((theirs.receive(1) or {})["message"]) == room
+    assert len((theirs.receive(60) or {})["message"]) == room
     with pytest.raises(ValueError, match="bytes"):
         ours.send("log", message="x" * (room + 1))
     ours.close()

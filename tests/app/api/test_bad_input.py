@@ -162,7 +162,7 @@ def head_only(api: Api, token: str, length: str, first: bytes = b"") -> str:
         f"POST /api/v1/datasets HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\nConnection: close\r\n"
         f"Content-Type: multipart/form-data; boundary=b\r\n{length}\r\n\r\n"
     )
-    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
         connection.sendall(head.encode() + first)
         answer = b""
         while chunk := connection.recv(65536):

@@ -159,7 +159,6 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
 ]
 
 
-@pytest.mark.timeout(120)
 def test_bad_requests_are_refused_with_the_field_and_a_hint(api: Api, acme: httpx.Client) -> None:
     for change, status, code, param in BAD:
         error = refused(acme.post("/finetune", json={**MINIMAL, **change}), status)

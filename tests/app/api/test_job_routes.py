@@ -17,6 +17,7 @@ from sqlalchemy import text
 from app.db.events import NewEvent, append_event
 from app.db.models import Checkpoint, Job, Model, ModelVersion, Step
 from app.db.transitions import Change, transition
+from app.services import events
 from app.services.job_view import STATUS
 from cluster.core.job import JobState
 
@@ -198,7 +199,10 @@ def test_logs_are_one_text(api: Api, acme: httpx.Client, job: str) -> None:
     assert acme.get(path, params=first).headers["x-log-next-offset"] == "14"
 
 
-def test_logs_are_followed_until_the_attempt_ends(api: Api, acme: httpx.Client, job: str) -> None:
+def test_logs_are_followed_until_the_attempt_ends(
+    api: Api, acme: httpx.Client, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LOOK_EVERY_S", 0.1)
     write_log(api, job, 0, "one\ntw")
     lines = followed(acme, f"/finetune/{job}/logs?follow=true")
     assert next(lines)[1]["line"] == "one"

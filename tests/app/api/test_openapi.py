@@ -31,7 +31,6 @@ CHECKS = [
 ENDLESS = "/api/v1/events"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.integration
 def test_the_schema_is_kept(api: Api, acme: httpx.Client) -> None:
     """Positive data may be refused too, for what a schema cannot say (no such model): then with a proper error."""

@@ -13,6 +13,7 @@ import httpx
 from builders_api import Api, make_api, serving
 from builders_db import make_job, make_node
 from sqlalchemy import select
+from waiting import PATIENCE_S
 
 from app.db.embedded import EmbeddedPostgres
 from app.db.migrate import migrate
@@ -249,7 +250,7 @@ def test_a_bug_says_only_that_there_is_one(database: Database, tmp_path: Path) -
     def bug() -> None:
         raise RuntimeError("secret detail")
 
-    with serving(api), httpx.Client(base_url=api.url, trust_env=False) as client:
+    with serving(api), httpx.Client(base_url=api.url, timeout=PATIENCE_S, trust_env=False) as client:
         answer = client.get("/bug")
     assert (answer.status_code, code(answer)) == (500, "internal_error")
     assert "secret" not in answer.text
@@ -262,7 +263,7 @@ def test_while_the_database_is_down_the_answer_is_503(tmp_path: Path) -> None:
         migrate(server.dsn())
         database = Database(server.dsn())
         with serving(make_api(database, tmp_path)) as api, api.client() as client:
-            open_client = httpx.Client(base_url=api.url, trust_env=False)
+            open_client = httpx.Client(base_url=api.url, timeout=PATIENCE_S, trust_env=False)
             assert open_client.get("/readyz").status_code == 200
             server.stop()
             for answer in (open_client.get("/readyz"), client.get("/finetune"), client.get("/me")):

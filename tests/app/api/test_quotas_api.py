@@ -285,7 +285,9 @@ def act(api: Api, client: httpx.Client, verb: str, job_id: str) -> httpx.Respons
     return None
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])  # it clears its jobs itself
+@settings(
+    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)  # it clears its jobs itself
 @given(st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 5)), min_size=5, max_size=25))
 @pytest.mark.integration
 def test_no_way_leads_past_the_queue_s_quota(api: Api, acme: httpx.Client, acts: list[tuple[str, int]]) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from builders_api import ROWS, Api, code_archive, make_api, upload, upload_code
 from builders_db import make_job
 from fastapi.routing import iter_route_contexts
 from joserfc import jwt
 from joserfc.jwk import OKPKey
 from sqlalchemy import Engine, event
+from waiting import PATIENCE_S
 
 from app.auth.verify import platform_audience
 from app.db.models import Model, ModelVersion
@@ -161,10 +161,9 @@ def tokens_that_do_not_hold(api: Api) -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(180)
 def test_tokens_that_do_not_hold_open_no_route(api: Api) -> None:
     bad = tokens_that_do_not_hold(api)
-    with httpx.Client(base_url=f"{api.url}/api/v1", trust_env=False) as client:
+    with httpx.Client(base_url=f"{api.url}/api/v1", timeout=PATIENCE_S, trust_env=False) as client:
         for method, path in routes(api):
             if path in OPEN:
                 continue

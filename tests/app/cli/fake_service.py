@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from waiting import PATIENCE_S, until
 
 TOKEN = "secret-token"
 Row = dict[str, Any]
@@ -260,14 +261,7 @@ def serving(service: FakeService) -> Iterator[FakeService]:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         service.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        _until(lambda: server.started)
+        until(lambda: server.started)
         yield service
         server.should_exit = True
-        thread.join(10)
-
-
-def _until(done: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.01)
+        thread.join(PATIENCE_S)

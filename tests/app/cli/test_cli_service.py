@@ -38,7 +38,7 @@ def data(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     process = supervisor_of(folder, read_state(folder))
     if process is not None:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_up_status_down(offline: Run, data: Path) -> None:
@@ -161,7 +161,7 @@ def test_up_in_the_foreground_stops_with_ctrl_c(data: Path, number: signal.Signa
     state = read_state(data)
     assert state is not None
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 0
     assert not psutil.pid_exists(state["pid"])
 

@@ -24,7 +24,9 @@ def _read_on(session: Session, after: TailCursor) -> tuple[list[Event], TailCurs
     return events, TailCursor.of(events[-1]) if events else after
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=5, max_size=40))
 def test_numbers_have_no_gaps_whoever_writes_and_fails(database: Database, plan: list[tuple[int, bool]]) -> None:
     jobs = [queued_job(database), queued_job(database)]

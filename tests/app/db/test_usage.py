@@ -180,7 +180,9 @@ LEASES = st.lists(
 )
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])  # it clears its rows itself
+@settings(
+    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)  # it clears its rows itself
 @given(LEASES)
 def test_nothing_is_lost_or_counted_twice(
     database: Database, leases: list[tuple[str, float, float, float, float, int]]

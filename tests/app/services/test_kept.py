@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from waiting import PATIENCE_S
+
 from app.services.kept import CHEAP_S, KEPT, Kept
 
 
@@ -44,13 +46,13 @@ def test_those_who_wait_share_one_that_began_after_they_asked() -> None:
     def work_out() -> int:
         made.append(1)
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return len(made)
 
     kept = Kept(work_out)
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(kept.get)
-        assert began.wait(10)
+        assert began.wait(PATIENCE_S)
         others = [pool.submit(kept.get) for _ in range(5)]
         go_on.set()
         assert first.result() == 1

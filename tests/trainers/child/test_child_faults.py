@@ -171,7 +171,7 @@ def test_a_rank_that_hangs_is_not_waited_for_for_ever(
     child.until("checkpoint")
     _, first, second = tree_of(child.pid)
     os.kill(max(first, second), signal.SIGSTOP)
-    failure = child.until("failed", timeout_s=60)
+    failure = child.until("failed")
     assert (failure["code"], failure["fixable_by"]) == ("rank_not_responding", "nobody") and failure["hint"]
     assert child.command("ping")["state"] == "failed", "it goes on to answer"
     until(lambda: tree_of(child.pid) == [child.pid])  # the one that hangs is ended too

@@ -102,7 +102,7 @@ def test_parked_means_no_step_until_resumed_and_changes_no_number(
     world_size: int, child: Child, second_child: Child, tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:
     config = make_config(
-        tiny_llama, capitals, tmp_path / "1", max_steps=30, world_size=world_size, checkpoint_every_s=1e9
+        tiny_llama, capitals, tmp_path / "1", max_steps=80, world_size=world_size, checkpoint_every_s=1e9
     )
     running(child, config)
     parked = child.command("park", 1)

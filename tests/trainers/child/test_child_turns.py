@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders_child import Child, Zygote, make_config
 from parking import MOMENTS, idle_cpu_s, take_turns
+from waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -22,4 +23,4 @@ def test_who_is_parked_gives_the_cores_back(child: Child, tiny_llama: Path, capi
     child.start(make_config(tiny_llama, capitals, tmp_path, max_steps=100_000, checkpoint_every_s=1e9))
     child.until("step")
     assert child.command("park")["state"] == "parked"
-    assert idle_cpu_s(child, seconds=1.5) <= 0.03
+    until(lambda: idle_cpu_s(child, seconds=1.0) <= 0.02)  # it may still be at the end of its last word

@@ -46,7 +46,7 @@ def of(child: Child, type: str) -> list[Message]:
 
 def failure(child: Child) -> Message:
     with pytest.raises(AssertionError):
-        child.until("finished", timeout_s=20)
+        child.until("finished")
     return child.messages[-1]
 
 
@@ -101,7 +101,7 @@ def test_a_module_with_arguments(tmp_path: Path) -> None:
 
 def test_parked_between_two_steps_and_on_again(tmp_path: Path) -> None:
     with conductor() as child:
-        child.start(custom_config(tmp_path, params={"steps": 40, "seconds": 0.01}))
+        child.start(custom_config(tmp_path, params={"steps": 80, "seconds": 0.03}))
         child.until("step")
         ack = child.command("park")
         assert ack["state"] == "parked" and child.command("ping", 2)["state"] == "parked"
@@ -110,11 +110,11 @@ def test_parked_between_two_steps_and_on_again(tmp_path: Path) -> None:
             child.until("step", timeout_s=0.2)
         assert child.command("resume", 3)["state"] == "training"
         child.until("finished")
-    assert 0 < seen < 40 and [step["step"] for step in child.steps] == list(range(1, 41))
+    assert 0 < seen < 80 and [step["step"] for step in child.steps] == list(range(1, 81))
 
 
 def test_a_checkpoint_on_command_and_a_resumed_run(tmp_path: Path) -> None:
-    config = custom_config(tmp_path, params={"steps": 200, "seconds": 0.01})
+    config = custom_config(tmp_path, params={"steps": 10_000, "seconds": 0.01})
     with conductor() as child:
         child.start(config)
         child.until("step")
@@ -149,7 +149,7 @@ def test_checkpoints_go_by_time_and_older_ones_go_when_saved(tmp_path: Path) -> 
 
 def test_ranks_are_cut_at_the_same_step(tmp_path: Path) -> None:
     script = STEPS.replace("        time.sleep(", "        time.sleep(0.02 * job.rank + ") + "    print('bye')\n"
-    config = custom_config(tmp_path, script, world_size=3, params={"steps": 8})
+    config = custom_config(tmp_path, script, world_size=3, params={"steps": 50})
     with conductor() as child:
         child.start(config)
         child.until("step")
@@ -217,7 +217,6 @@ def test_a_plain_script_is_held_with_all_below_it(tmp_path: Path) -> None:
         child.start(config)
         until(lambda: ticks(tmp_path) > 0)
         assert child.command("park")["state"] == "parked"
-        before = ticks(tmp_path)
         until(lambda: {state(pid) for pid in tree_of(child.pid)[1:]} == {"T"})  # a busy one stops when it gets a core
         assert len(tree_of(child.pid)) == 3
         before = ticks(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import ray
-from fakes_driver import make_assignment
+from fakes_driver import JOB, make_assignment
 from wiring_run import NAMESPACE, ROOT_VARIABLE, Rows, driver_parts, objects_url, start_agent
 
 from cluster.core.job import JobState, Placement
@@ -76,12 +76,12 @@ def whole_job(
     launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes], nodes: Slots = ONE_NODE
 ) -> dict[str, Any]:
     rows = rows_of(storage, model, 3, nodes)
-    launcher.start("ftjob-1", 1)
-    launcher.start("ftjob-1", 1)
-    alive = until(lambda: launcher.alive("ftjob-1", 1) is True)
+    launcher.start(JOB, 1)
+    launcher.start(JOB, 1)
+    alive = until(lambda: launcher.alive(JOB, 1) is True)
     seconds = until(lambda: look(rows)["state"] in (JobState.SUCCEEDED, JobState.FAILED, JobState.RECOVERING))
-    until(lambda: launcher.alive("ftjob-1", 1) is False)
-    launcher.end("ftjob-1", 1)
+    until(lambda: launcher.alive(JOB, 1) is False)
+    launcher.end(JOB, 1)
     made = look(rows)
     ray.kill(rows)
     return {
@@ -99,23 +99,24 @@ def whole_job(
 
 def killed_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
     rows = rows_of(storage, model, steps=100_000)
-    launcher.start("ftjob-1", 1)
+    launcher.start(JOB, 1)
     until(lambda: look(rows)["steps"])
-    processes = titles()
-    launcher.end("ftjob-1", 1)
-    gone = until(lambda: ("ftjob-1", 1) not in running_attempts())
-    alive = launcher.alive("ftjob-1", 1)
+    until(lambda: len(of_job()) == 2)  # the driver and the worker: nothing of Train's own
+    launcher.end(JOB, 1)
+    gone = until(lambda: (JOB, 1) not in running_attempts())
+    alive = launcher.alive(JOB, 1)
     ray.kill(rows)
-    return {"child_gone_after_s": gone, "alive": alive, "processes": processes}
+    return {"child_gone_after_s": gone, "alive": alive}
 
 
-def titles() -> list[str]:
-    """Of this cluster's processes that Ray made for actors."""
+def of_job() -> list[str]:
+    """This cluster's processes that Ray made for a job's actors."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::") and process.environ().get(ROOT_VARIABLE) == os.environ[ROOT_VARIABLE]:
+            here = title.startswith("ray::") and process.environ().get(ROOT_VARIABLE) == os.environ[ROOT_VARIABLE]
+            if here and any(part in title for part in ("Driver", "Train", "Synchronization")):
                 found.append(title)
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import scripted_child_names as does
 from fakes_driver import World, make_world
+from waiting import PATIENCE_S
 
 from cluster.core.job import JobState
 from trainers.config import Hyperparams
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).with_name("scripted_child.py")
 def run(made: World) -> None:
     thread = threading.Thread(target=made.driver.run)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 

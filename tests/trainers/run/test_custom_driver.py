@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from builders_custom import STEPS
 from fakes_driver import World, make_world
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.events import How
 from cluster.core.job import JobState
@@ -42,7 +42,7 @@ def custom_world(root: Path, text: str = STEPS, isolation: Isolation = Isolation
 def run(made: World) -> None:
     thread = threading.Thread(target=made.driver.run)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 
@@ -90,14 +90,14 @@ def test_parked_suspended_and_on_in_another_attempt(tmp_path: Path) -> None:
     store = made.store
     thread = threading.Thread(target=made.driver.run)
     thread.start()
-    until(lambda: bool(store.steps), 30)
+    until(lambda: bool(store.steps))
     store.order = How.PARK
     made.driver.nudge()
-    until(lambda: store.state is S.PARKED, 20)
+    until(lambda: store.state is S.PARKED)
     stood = max(store.steps)
     store.order = How.SUSPEND
     made.driver.nudge()
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert store.state is S.SUSPENDED
     last = store.checkpoints[-1]
     assert stood <= last.step == max(store.steps)

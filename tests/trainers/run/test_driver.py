@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import scripted_child_names as does
 from fakes_driver import JOB, World, make_world
+from waiting import PATIENCE_S, until
 
 from cluster.core.job import JobState, Wish
 from cluster.errors import EnvironmentError_, Unavailable
@@ -35,17 +35,10 @@ def run(made: World, meanwhile: Callable[[], None] = lambda: None) -> World:
     thread = threading.Thread(target=made.driver.run)
     thread.start()
     meanwhile()
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     until(lambda: (JOB, 1) not in running_attempts())
     return made
-
-
-def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def log_of(made: World) -> str:
@@ -274,8 +267,9 @@ def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> No
 
     def take_over() -> None:
         until(lambda: made.store.state is JobState.RUNNING)
-        made.store.attempt = 2
-        seen.append(len(made.store.events))
+        with made.store.lock:
+            made.store.attempt = 2
+            seen.append(len(made.store.events))
         until(lambda: made.gang.ended)
         made.driver.relay("n1", [])  # the thread of the worker is not ended by a gang of threads
         made.driver._conversation.kill()

@@ -15,7 +15,7 @@ import pytest
 from builders_child import tree_of
 from builders_llama import capital_rows, make_tiny_llama
 from fakes_driver import JOB, FolderAgent, MemoryStore, ThreadGang, make_assignment
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Placement, Wish
@@ -91,7 +91,7 @@ class GangOfNodes:
         self._thread.start()
 
     def end(self) -> GangOfNodes:
-        self._thread.join(120)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
         until(lambda: (JOB, 1) not in running_attempts())
         return self
@@ -165,26 +165,26 @@ def test_the_best_weights_reach_the_node_without_the_checkpoint(base: Path, tmp_
     assert after == pytest.approx(min(during), rel=1e-6), "both nodes evaluate the best weights"
 
 
-def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(
-    on_one_node: GangOfNodes, base: Path, tmp_path: Path
-) -> None:
-    job = GangOfNodes(tmp_path, base)
+def test_ranks_of_both_nodes_park_and_go_on_with_the_same_numbers(base: Path, tmp_path: Path) -> None:
+    """Of more steps than pass while the order is on its way."""
+    alone = GangOfNodes(tmp_path / "alone", base, {"n1": (0, 1)}, max_steps=24).run()
+    job = GangOfNodes(tmp_path, base, max_steps=24)
     job.start()
-    until(lambda: bool(job.store.steps), 60)
+    until(lambda: bool(job.store.steps))
     job.store.order = How.PARK
     job.driver.nudge()
-    until(lambda: job.store.state is JobState.PARKED, 30)
+    until(lambda: job.store.state is JobState.PARKED)
     job.store.state = JobState.RUNNING
     job.driver.nudge()
     job.end()
     assert job.store.state is JobState.SUCCEEDED, job.store.error
-    assert job.losses == on_one_node.losses
+    assert job.losses == alone.losses and len(job.losses) == 24
 
 
 def test_a_rank_that_is_killed_on_another_node_ends_the_attempt_with_its_own_word(base: Path, tmp_path: Path) -> None:
     job = GangOfNodes(tmp_path, base, max_steps=10_000)
     job.start()
-    until(lambda: len(job.store.steps) > 2, 60)
+    until(lambda: len(job.store.steps) > 2)
     os.kill(max(tree_of(job.children["n2"])), signal.SIGKILL)
     job.end()
     assert job.store.state is JobState.RECOVERING and job.store.error is not None
@@ -196,7 +196,7 @@ def test_a_whole_node_that_dies_ends_the_attempt_and_a_smaller_gang_goes_on_from
 ) -> None:
     job = GangOfNodes(tmp_path, base, max_steps=10_000)
     job.start()
-    until(lambda: len(job.store.checkpoints) > 2, 60)
+    until(lambda: len(job.store.checkpoints) > 2)
     os.kill(job.children["n2"], signal.SIGKILL)
     job.end()
     assert job.store.state is JobState.RECOVERING
@@ -205,7 +205,7 @@ def test_a_whole_node_that_dies_ends_the_attempt_and_a_smaller_gang_goes_on_from
     again = GangOfNodes(tmp_path, base, {"n1": (0,)}, max_steps=10_000)
     object.__setattr__(again.store.given, "checkpoint", last)
     again.start()
-    until(lambda: len(again.store.steps) > 2, 60)
+    until(lambda: len(again.store.steps) > 2)
     again.store.wish = Wish.CANCEL
     again.driver.nudge()
     again.end()
@@ -215,7 +215,7 @@ def test_a_whole_node_that_dies_ends_the_attempt_and_a_smaller_gang_goes_on_from
 def test_cancelling_ends_the_children_of_every_node(base: Path, tmp_path: Path) -> None:
     job = GangOfNodes(tmp_path, base, max_steps=10_000)
     job.start()
-    until(lambda: bool(job.store.steps), 60)
+    until(lambda: bool(job.store.steps))
     job.store.wish = Wish.CANCEL
     job.driver.nudge()
     job.end()

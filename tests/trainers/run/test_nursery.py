@@ -19,7 +19,7 @@ import psutil
 import pytest
 import scripted_child_names as does
 from fakes_driver import World, make_world
-from waiting import until
+from waiting import PATIENCE_S, asked, until
 
 from cluster.core.job import JobState
 from cluster.errors import JobFailure
@@ -73,8 +73,8 @@ def taken_over(task: WorkerTask) -> Child:
 
 def early_children() -> list[psutil.Process]:
     """Of keepers whose agent is this process."""
-    keepers = [one for one in psutil.Process().children() if "trainers.run.keeper" in one.cmdline()]
-    return [child for keeper in keepers for child in keeper.children()]
+    keepers = [one for one in psutil.Process().children() if "trainers.run.keeper" in asked(one.cmdline, [])]
+    return [child for keeper in keepers for child in asked(keeper.children, [])]
 
 
 def prepared(made: World) -> WorkerTask:
@@ -84,7 +84,7 @@ def prepared(made: World) -> WorkerTask:
 def run(made: World) -> World:
     thread = threading.Thread(target=made.driver.run)
     thread.start()
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     return made
 
@@ -131,6 +131,7 @@ def test_and_a_hog_is_named_though_its_parent_is_a_keeper(
 ) -> None:
     monkeypatch.setattr(confinement, "memory_share", lambda task: 300 << 20)
     monkeypatch.setattr(child_process, "memory_share", lambda task: 300 << 20)
+    monkeypatch.setattr(watch, "LOOK_S", 0.05)
     made = world(tmp_path, hog, settings={"isolation": Isolation.REQUIRED}, uid=31_778)
     made.agent.children = Nursery(("-c", SCRIPT.read_text()))
     store = run(made).store
@@ -191,7 +192,7 @@ def test_one_that_takes_too_much_before_its_worker_is_there_fails_by_that_name(
     monkeypatch.setattr(watch, "LOOK_S", 0.02)
 
     def later(task: WorkerTask) -> Child:
-        until(lambda: [child.status() for child in early_children()] == [psutil.STATUS_ZOMBIE])
+        until(lambda: [asked(child.status, "gone") for child in early_children()] == [psutil.STATUS_ZOMBIE])
         return taken_over(task)
 
     made.gang._spawn = later
@@ -230,13 +231,13 @@ def test_a_killed_agent_takes_no_training_along_that_has_a_worker(tmp_path: Path
         child = adopt(Path(keeper))
         agent.kill()
         agent.wait()
-        heard = [child.channel.receive(10)["type"]]  # type: ignore[index]
+        heard = [child.channel.receive(60)["type"]]  # type: ignore[index]
         while heard[-1] != "finished":
-            heard.append(child.channel.receive(10)["type"])  # type: ignore[index]
+            heard.append(child.channel.receive(60)["type"])  # type: ignore[index]
     assert heard.count("step") == 6
     child.channel.close()
     os.close(child.logs)
-    assert child.end(10.0) == 0
+    assert child.end(60.0) == 0
 
 
 # Jobs that may come ------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Ahead:
         self.nursery.prepare(Coming(self.assignment, made.driver._settings), made.agent)
 
     def wait_for_child(self) -> psutil.Process:
-        until(lambda: [child.status() for child in early_children()] == [psutil.STATUS_SLEEPING])
+        until(lambda: [asked(child.status, "gone") for child in early_children()] == [psutil.STATUS_SLEEPING])
         return early_children()[0]
 
 
@@ -267,7 +268,7 @@ def test_what_may_come_waits_at_low_priority_and_goes_on_at_the_grant(tmp_path: 
     task = prepared(ahead.made)
     adopted = taken_over(task)
     assert adopted.process.pid == child.pid, "the same one"
-    assert adopted.channel.receive(10)["type"] == "hello"  # type: ignore[index]
+    assert adopted.channel.receive(60)["type"] == "hello"  # type: ignore[index]
     assert child.nice() == usual
     assert (ahead.nursery.waiting(), ahead.nursery.expect([(JOB, 1)])) == (frozenset(), []), "it is not asked for again"
     adopted.channel.close()
@@ -308,7 +309,7 @@ def test_what_was_granted_after_it_was_let_go_keeps_its_files(tmp_path: Path) ->
     task = prepared(ahead.made)
     ahead.nursery.expect([])
     slow.set()
-    ahead.nursery._background.submit(lambda: None).result(30)
+    ahead.nursery._background.submit(lambda: None).result(PATIENCE_S)
     assert Path(task.scratch, "data", "train.jsonl").is_file()
     assert ahead.nursery.waiting() == frozenset()
     assert end_attempt(JOB, 1)
@@ -319,7 +320,7 @@ def test_what_is_named_late_or_again_changes_nothing(tmp_path: Path) -> None:
     child = ahead.wait_for_child()
     coming = Coming(ahead.assignment, made.driver._settings)
     ahead.nursery.prepare(coming, made.agent)
-    ahead.nursery._background.submit(lambda: None).result(30)
+    ahead.nursery._background.submit(lambda: None).result(PATIENCE_S)
     assert early_children() == [child]
     ahead.nursery.expect([])
     ahead.nursery.prepare(coming, made.agent)
@@ -383,4 +384,4 @@ def test_a_keeper_that_is_killed_costs_only_the_exit_code(tmp_path: Path) -> Non
     psutil.Process(child.process.pid).parent().kill()  # type: ignore[union-attr]
     child.channel.close()
     os.close(child.logs)
-    assert child.end(10.0) == -signal.SIGKILL
+    assert child.end(60.0) == -signal.SIGKILL

@@ -13,9 +13,10 @@ import psutil
 import pytest
 import scripted_child_names as does
 from fakes_driver import World, make_world
-from waiting import until
+from waiting import PATIENCE_S, asked, lives, until
 
 from cluster.processes import end_attempt, running_attempts
+from runtime_envs.sandbox import watch
 from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
 from runtime_envs.sandbox.spec import Isolation
@@ -28,6 +29,8 @@ from trainers.run.worker import Worker
 
 SCRIPT = (Path(__file__).parent / "scripted_child.py").read_text()
 UID = 31_777
+UID_OF_ONE = 31_000 + os.getpid() % 200
+"""Of one test alone, which looks at all processes of its user: those of this file run side by side."""
 
 needs_sandbox = pytest.mark.skipif(
     ability().mode is None, reason=f"no sandbox here: {ability().problem}; {ability().remedy}"
@@ -56,7 +59,7 @@ def isolated(
     root: Path, does_what: int, isolation: Isolation = Isolation.REQUIRED, **changes: Any
 ) -> tuple[World, WorkerTask]:
     settings = {"isolation": isolation}
-    made = make_world(root, None, settings=settings, hyperparams=Hyperparams(seed=does_what), uid=UID, **changes)
+    made = make_world(root, None, settings=settings, hyperparams=Hyperparams(seed=does_what), **{"uid": UID, **changes})
     return made, prepare(made.store.given, made.agent, made.driver._settings, lambda stage, seconds: None)["n1"]
 
 
@@ -71,7 +74,7 @@ def work(made: World, task: WorkerTask, driver: Listener) -> threading.Thread:
 def test_it_trains_to_the_end_and_its_files_are_taken_over(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.GOOD)
     driver = Listener()
-    work(made, task, driver).join(60)
+    work(made, task, driver).join(PATIENCE_S)
     assert [record["step"] for record in driver.of("step")] == list(range(1, 7)), driver.heard
     artifact = driver.of("artifact")[0]
     assert made.storage.read_bytes(f"{artifact['prefix']}/adapter_model.safetensors") == b"adapter"
@@ -84,37 +87,39 @@ def test_it_trains_to_the_end_and_its_files_are_taken_over(tmp_path: Path) -> No
 def test_a_signal_inside_is_a_signal_outside(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.DIES)
     driver = Listener()
-    work(made, task, driver).join(60)
+    work(made, task, driver).join(PATIENCE_S)
     assert driver.of("lost")[0]["signal"] == 9
 
 
 @needs_sandbox
 def test_an_agent_finds_it_and_ends_all_of_it(tmp_path: Path) -> None:
-    made, task = isolated(tmp_path, does.HANGS, job_id="ftjob-sealed")
+    job = f"ftjob-sealed{os.getpid()}"
+    made, task = isolated(tmp_path, does.HANGS, job_id=job, uid=UID_OF_ONE)
     driver = Listener()
     thread = work(made, task, driver)
-    until(lambda: bool(driver.of("ready")), 30)
-    assert ("ftjob-sealed", 1) in running_attempts()
-    assert end_attempt("ftjob-sealed", 1)
-    thread.join(30)
+    until(lambda: bool(driver.of("ready")))
+    assert (job, 1) in running_attempts()
+    assert end_attempt(job, 1)
+    thread.join(PATIENCE_S)
     assert driver.of("lost")[0]["signal"] == 9
-    assert not [process for process in psutil.process_iter() if _uid(process) == UID]
+    assert not [process for process in psutil.process_iter() if _uid(process) == UID_OF_ONE]
 
 
 def _uid(process: psutil.Process) -> int | None:
-    try:
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.uids().real
-    except psutil.NoSuchProcess:
-        return None
+    uids = asked(process.uids, None)
+    return uids.real if uids and lives(process) else None
 
 
 @needs_sandbox
 @needs_groups
 @pytest.mark.parametrize("hog", [does.HOG, does.HOGS])
-def test_more_memory_than_its_part_has_a_name_however_fast_it_was(tmp_path: Path, hog: int) -> None:
+def test_more_memory_than_its_part_has_a_name_however_fast_it_was(
+    tmp_path: Path, hog: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_S", 0.05)
     made, task = isolated(tmp_path, hog)
     driver = Listener()
-    work(made, replace(task, memory_gb=0.3), driver).join(60)
+    work(made, replace(task, memory_gb=0.3), driver).join(PATIENCE_S)
     end = driver.heard[-1]
     assert (end["type"], end["code"]) == ("failed", "memory_limit_exceeded"), end
     assert end["message"] == "the training wanted more than its part, 0.3 GiB of the node's memory" and end["hint"]
@@ -126,7 +131,7 @@ def test_more_memory_than_its_part_has_a_name_however_fast_it_was(tmp_path: Path
 def test_a_death_within_its_part_keeps_its_name(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.FAILS)
     driver = Listener()
-    work(made, task, driver).join(60)
+    work(made, task, driver).join(PATIENCE_S)
     assert driver.heard[-1]["code"] == "loss_not_finite" and not groups_of(task)
 
 
@@ -141,7 +146,7 @@ def groups_of(task: WorkerTask) -> list[Path]:
 def test_a_tenant_without_a_user_of_its_own_is_refused_in_words(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.GOOD)
     driver = Listener()
-    work(made, replace(task, uid=None), driver).join(30)
+    work(made, replace(task, uid=None), driver).join(PATIENCE_S)
     assert [(one["type"], one["code"], one["fixable_by"]) for one in driver.heard] == [
         ("failed", "no_tenant_uid", "operator")
     ]
@@ -151,7 +156,7 @@ def test_a_tenant_without_a_user_of_its_own_is_refused_in_words(tmp_path: Path) 
 def test_where_the_host_cannot_isolate_a_job_runs_and_says_so(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.GOOD, Isolation.PREFERRED)
     driver = Listener()
-    work(made, task, driver).join(60)
+    work(made, task, driver).join(PATIENCE_S)
     assert [record["message"] for record in driver.of("log")] == [
         "this training is not isolated: bubblewrap, util-linux not installed on its node"
     ]
@@ -162,7 +167,7 @@ def test_where_the_host_cannot_isolate_a_job_runs_and_says_so(tmp_path: Path) ->
 def test_or_does_not_run_where_isolation_is_required(tmp_path: Path) -> None:
     made, task = isolated(tmp_path, does.GOOD)
     driver = Listener()
-    work(made, task, driver).join(30)
+    work(made, task, driver).join(PATIENCE_S)
     assert [(one["type"], one["code"], one["fixable_by"]) for one in driver.heard] == [
         ("failed", "isolation_unavailable", "operator")
     ]

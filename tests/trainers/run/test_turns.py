@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import scripted_child_names as does
 from fakes_driver import JOB, World, make_world
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.events import How
 from cluster.core.job import JobState, Wish
@@ -57,7 +57,7 @@ class Running:
 
     def end(self) -> None:
         self.slow.unlink(missing_ok=True)
-        self.thread.join(30)
+        self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
         until(lambda: (JOB, 1) not in running_attempts())
 
@@ -106,7 +106,7 @@ def test_a_job_that_is_resumed_and_ordered_away_at_once_does_not_compute_without
 def test_suspend_leaves_a_checkpoint_and_nothing_else(start: Callable[..., Running]) -> None:
     job = start()
     job.order(How.SUSPEND)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert (job.store.state, [kept.step for kept in job.store.checkpoints]) == (S.SUSPENDED, [0])
     job.end()
     assert job.store.moves[-1] == (S.SUSPENDED, "gave way to others")
@@ -116,7 +116,7 @@ def test_a_parked_job_can_be_suspended(start: Callable[..., Running]) -> None:
     job = start()
     job.park()
     job.order(How.SUSPEND)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert (job.store.state, len(job.store.checkpoints)) == (S.SUSPENDED, 1)
     job.end()
 
@@ -124,7 +124,7 @@ def test_a_parked_job_can_be_suspended(start: Callable[..., Running]) -> None:
 def test_a_child_that_cannot_park_is_suspended(start: Callable[..., Running]) -> None:
     job = start(kind="A100")
     job.order(How.PARK)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert (job.store.state, job.store.freed) == (S.SUSPENDED, 0)
     job.end()
 
@@ -132,7 +132,7 @@ def test_a_child_that_cannot_park_is_suspended(start: Callable[..., Running]) ->
 def test_a_child_that_does_not_park_in_time_is_asked_to_stop(start: Callable[..., Running]) -> None:
     job = start(does.STUBBORN, yield_grace_s=0.3)
     job.order(How.PARK)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert (job.store.state, len(job.store.checkpoints)) == (S.SUSPENDED, 1)
     job.end()
 
@@ -140,7 +140,7 @@ def test_a_child_that_does_not_park_in_time_is_asked_to_stop(start: Callable[...
 def test_a_child_that_does_not_give_way_at_all_is_killed_and_goes_on_later(start: Callable[..., Running]) -> None:
     job = start(does.HANGS, yield_grace_s=0.2)
     job.order(How.PARK)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert (job.store.state, job.store.checkpoints) == (S.SUSPENDED, [])
     job.end()
 
@@ -151,7 +151,7 @@ def test_before_the_training_there_is_nothing_to_park(tmp_path: Path) -> None:
     made.store.order = How.PARK
     thread = threading.Thread(target=made.driver.run)
     thread.start()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert (made.store.state, made.store.freed) == (S.SUSPENDED, 0)
     made.gang.fails = "ended"
     made.agent.hold.set()
@@ -167,7 +167,7 @@ def test_what_the_tenant_wants_overtakes_an_order(
         job.park()
     job.store.wish = wish
     job.order(How.SUSPEND)
-    job.thread.join(20)
+    job.thread.join(PATIENCE_S)
     assert job.store.state is then
     job.end()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import scripted_child_names as does
 from fakes_driver import JOB, make_world
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from cluster.core.job import JobState
 from cluster.processes import running_attempts
@@ -47,7 +47,7 @@ def test_a_worker_that_is_not_heard_ends_its_child(tmp_path: Path, error: Except
     worker = Worker(task, DeafDriver(task, error), made.storage, partial(spawn, command=(str(SCRIPT),)))
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
-    thread.join(15)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     until(lambda: (JOB, 1) not in running_attempts())  # what the sandbox holds dies with it, a moment later
     assert made.store.state is JobState.PREPARING
