@@ -30,6 +30,7 @@ FINGERPRINT_VARIABLE = "HELIOSTAT_ENV_FINGERPRINT"
 """Set by the `tenant_env` plug-in once it has verified the environment."""
 
 _LISTEN_S = 0.5
+_FIRST_RELAY_S = 0.05
 _LEAVE_S = 10.0
 _UPLOAD_TRIES = 4
 _OF_COMPANIONS = ("hello", "log", "failed")
@@ -226,9 +227,11 @@ class Worker:
                 self._drain()  # so that nobody waits for room
 
     def _relay_to_the_end(self, child: Child) -> None:
-        last = False
+        """Often at first: a child that started before its worker has much to tell."""
+        last, pause_s = False, _FIRST_RELAY_S
         while not last:
-            last = self._finished.wait(self._task.settings.relay_s)
+            last = self._finished.wait(min(pause_s, self._task.settings.relay_s))
+            pause_s *= 2
             for order in self._driver.relay(self._drain()):
                 self._obey(order, child)
 
