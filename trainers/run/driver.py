@@ -158,11 +158,10 @@ class JobDriver:
         self._tasks = prepare(assignment, self._agents, self._settings, self._conversation.stage)
         _, *companions = self._tasks
         self._conversation.with_companions(companions)
-        scratch = next(iter(self._tasks.values())).scratch
         name = f"{assignment.tenant}-{assignment.job_id}-a{assignment.attempt}"
         self._gang_started = time.monotonic()
         try:
-            self._gang.run(GangRequest(*self._job, name, tuple(self._tasks), assignment.fingerprint, scratch))
+            self._gang.run(GangRequest(*self._job, name, tuple(self._tasks), assignment.fingerprint))
         finally:
             self._gang_over.set()
         self._outcomes.put(Outcome(JobState.RECOVERING, "the worker left without saying how the training ended"))

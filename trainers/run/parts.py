@@ -139,7 +139,6 @@ class GangRequest:
     name: str
     nodes: tuple[str, ...]
     fingerprint: str
-    scratch: str
 
 
 class Gang(Protocol):

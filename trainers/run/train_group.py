@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.train.v2.api.config import RunConfig as RunConfigV2
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -30,24 +31,29 @@ class TrainGroup:
     """One run of Train. `work` runs on each worker, with `config`."""
 
     def __init__(self, request: GangRequest, work: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+        self._request = request
+        self._work = work
+        self._config = config
         self._workers = _Workers()
-        self._trainer = _Trainer(
-            self._workers,
-            work,
-            train_loop_config=config,
-            scaling_config=_scaling(request),
-            run_config=_run_config(request),
-        )
 
     def run(self) -> None:
         """Blocks until all workers have returned. Raises `WorkersLost`."""
         try:
-            self._trainer.fit()
-        except (TrainingFailedError, RayError) as error:
+            with tempfile.TemporaryDirectory(
+                prefix="heliostat-train-"
+            ) as folder:  # which Train asks for and nobody uses
+                self._fit(folder)
+        except (TrainingFailedError, RayError, OSError, RuntimeError) as error:
             raise WorkersLost(f"the worker group was lost: {first_line(error)}") from error
 
+    def _fit(self, folder: str) -> None:
+        scaling, run = _scaling(self._request), _run_config(self._request, folder)
+        _Trainer(
+            self._workers, self._work, train_loop_config=self._config, scaling_config=scaling, run_config=run
+        ).fit()
+
     def end(self) -> None:
-        """Workers that are still on their way end with this process, which owns them, or as soon as they are there."""
+        """Workers that are still on their way are ended as soon as they are there, or with this process, which owns them."""
         self._workers.end()
 
 
@@ -59,14 +65,24 @@ class _Workers(WorkerGroupCallback):
         self._actors: list[ActorHandle[Any]] = []
         self._ended = False
 
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        self._refuse_when_ended()
+
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         """Train's barrier is ended: an idle process for each job, for `ray.train.report`, which nobody calls."""
-        ray.kill(worker_group.get_worker_group_state().sync_actor)
+        state = worker_group.get_worker_group_state()
+        ray.kill(state.sync_actor)
         with self._lock:
-            self._actors = [worker.actor for worker in worker_group.get_workers()]
-            if not self._ended:
-                return
-        self.end()
+            self._actors = [worker.actor for worker in state.workers]
+        if self._ended:
+            self.end()
+            state.placement_group_handle.shutdown()  # Train would not, of a group that nearly started
+            self._refuse_when_ended()
+
+    def _refuse_when_ended(self) -> None:
+        """Train does not try again after this error."""
+        if self._ended:
+            raise RuntimeError("the attempt was ended before its workers started")
 
     def end(self) -> None:
         with self._lock:
@@ -104,11 +120,12 @@ def _scaling(request: GangRequest) -> ScalingConfig:
     )
 
 
-def _run_config(request: GangRequest) -> RunConfigV2:
+def _run_config(request: GangRequest, folder: str) -> RunConfigV2:
+    """Train tries nothing again: what follows a failure is the scheduler's decision."""
     return RunConfig(
         name=request.name,
-        storage_path=f"{request.scratch}/train",
-        failure_config=FailureConfig(max_failures=0),
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         worker_runtime_env={
             "tenant_env": request.fingerprint,
             "env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},

@@ -16,7 +16,7 @@ import ray
 from fakes_driver import JOB, make_assignment
 from wiring_run import NAMESPACE, ROOT_VARIABLE, Rows, driver_parts, objects_url, start_agent
 
-from cluster.core.job import JobState, Placement
+from cluster.core.job import JobState, Placement, Wish
 from cluster.processes import running_attempts
 from cluster.storage.objects import ObjectStore
 from trainers.config import Hyperparams
@@ -49,6 +49,7 @@ def main() -> None:
     seen = {
         "whole": whole_job(launcher, storage, model),
         "killed": killed_job(launcher, storage, model),
+        "cancelled": cancelled_job(launcher, storage, model),
         "two_nodes": whole_job(launcher, storage, model, {"n1": (0,), "n2": (0,)}),
     }
     until(lambda: not left_actors())
@@ -107,6 +108,19 @@ def killed_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[st
     alive = launcher.alive(JOB, 1)
     ray.kill(rows)
     return {"child_gone_after_s": gone, "alive": alive}
+
+
+def cancelled_job(launcher: RayDriverLauncher, storage: ObjectStore, model: dict[str, bytes]) -> dict[str, Any]:
+    """While Ray starts its worker."""
+    rows = rows_of(storage, model, steps=100_000)
+    launcher.start(JOB, 1)
+    until(lambda: any(type == "stage" and data["stage"] == "staging" for type, _, data in look(rows)["events"]))
+    ray.get(rows.change.remote(wish=Wish.CANCEL), timeout=30)
+    until(lambda: look(rows)["state"] is JobState.CANCELLED)
+    until(lambda: not of_job())
+    seen = {"steps": look(rows)["steps"], "alive": launcher.alive(JOB, 1)}
+    ray.kill(rows)
+    return seen
 
 
 def of_job() -> list[str]:

@@ -118,6 +118,7 @@ def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path
     assert (over_nodes["state"], over_nodes["error"], over_nodes["ranks"]) == ("succeeded", None, 2)
     assert over_nodes["steps"] == [1, 2, 3]
     assert seen["killed"]["alive"] is False
+    assert seen["cancelled"] == {"steps": {}, "alive": False}
     assert seen["killed"]["child_gone_after_s"] < 30
     assert set(seen["groups"]) == {"REMOVED"}
     print(json.dumps(seen))

@@ -70,7 +70,7 @@ class WithReference:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.backward(loss, last=last)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor | float:
         return self.engine.step(lr)
 
     def state(self) -> Iterator[Named]:
