@@ -17,8 +17,8 @@ Attempt = tuple[str, int]
 
 _PREFIX = f"{MARK_VARIABLE}=".encode()
 _POLL_S = 0.02
-_EMPTY_LOOKS = 2
-"""For a moment while it starts a program, a process shows no environment: one empty look is not enough."""
+_BLANK_S = 0.5
+"""For a moment while it starts a program, a process shows no environment; one that shows none for longer has none."""
 
 
 def running_attempts() -> frozenset[Attempt]:
@@ -32,16 +32,12 @@ def end_attempt(job_id: str, attempt: int, timeout_s: float = 5.0) -> bool:
     Killing and looking alternate, so that what was forked meanwhile is found too."""
     deadline = time.monotonic() + timeout_s
     traces = _Traces((job_id, attempt))
-    empty_looks = 0
-    while empty_looks < _EMPTY_LOOKS:
-        living = traces.living()
+    while (living := traces.living()) or traces.undecided:
         for pid in living:
             traces.kill(pid)
-        if living and time.monotonic() >= deadline:
-            return False
-        empty_looks = 0 if living else empty_looks + 1
-        if empty_looks < _EMPTY_LOOKS:
-            time.sleep(_POLL_S)
+        if time.monotonic() >= deadline:
+            return not living
+        time.sleep(_POLL_S)
     return True
 
 
@@ -52,10 +48,18 @@ class _Traces:
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
         self._sessions: set[int] = set()  # kept: they outlive their leaders
+        self._blank: dict[int, float] = {}
+
+    @property
+    def undecided(self) -> bool:
+        """Whether one that the last look found just starting a program may be of the attempt."""
+        return any(time.monotonic() - since < _BLANK_S for since in self._blank.values())
 
     def living(self) -> list[int]:
-        pids = _pids()
-        marked = {pid for pid in pids if _attempt_of(pid) == self._attempt}
+        pids, now = _pids(), time.monotonic()
+        shown = {pid: _environment(pid) for pid in pids}
+        marked = {pid for pid in pids if _marked_by(shown[pid]) == self._attempt}
+        self._blank = {pid: self._blank.get(pid, now) for pid in pids if shown[pid] == b"" and _has_program(pid)}
         self._sessions |= {pid for pid in marked if _session(pid) == pid}
         return [pid for pid in pids if pid in marked or (_session(pid) in self._sessions and _runs(pid))]
 
@@ -92,13 +96,28 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _attempt_of(pid: int) -> Attempt | None:
-    """A zombie has no environment: it counts as gone."""
+def _has_program(pid: int) -> bool:
+    """Zombies have none, nor what is the kernel's own."""
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        return bool(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return False
+
+
+def _environment(pid: int) -> bytes | None:
+    """Empty of a zombie, which counts as gone."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    for variable in environment.split(b"\0"):
+
+
+def _attempt_of(pid: int) -> Attempt | None:
+    return _marked_by(_environment(pid))
+
+
+def _marked_by(environment: bytes | None) -> Attempt | None:
+    for variable in (environment or b"").split(b"\0"):
         if variable.startswith(_PREFIX):
             job_id, _, attempt = variable.removeprefix(_PREFIX).decode(errors="replace").rpartition("/")
             return (job_id, int(attempt)) if job_id and attempt.isdecimal() else None

@@ -96,9 +96,9 @@ def test_a_process_that_shows_no_environment_for_a_moment_is_ended_too(
     """As while it starts a program: a launcher does that several times on its way."""
     process = spawn(f"{JOB}-5/1")
     assert _said(process) == "up"
-    shown, looks = processes._attempt_of, iter([None])
+    shown, blank = processes._environment, iter([b""] * 10)
     monkeypatch.setattr(
-        processes, "_attempt_of", lambda pid: next(looks, shown(pid)) if pid == process.pid else shown(pid)
+        processes, "_environment", lambda pid: next(blank, shown(pid)) if pid == process.pid else shown(pid)
     )
     assert end_attempt(f"{JOB}-5", 1)
     assert process.wait(60) == -9
