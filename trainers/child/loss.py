@@ -51,7 +51,7 @@ class SummedLoss(torch.nn.Module):
     def _attend_by_rows(self, whole: torch.Tensor) -> None:
         """Where it is the faster way."""
         base = self._base()
-        if base.config._attn_implementation != "sdpa" or base.device.type != "cpu" or base.dtype == torch.float32:
+        if base.config._attn_implementation != "sdpa" or base.dtype == torch.float32:
             return
         base.set_attn_implementation(row_attention.NAME)
         self.by_rows = True
@@ -125,7 +125,7 @@ class SummedLoss(torch.nn.Module):
     def _mask(self, piece: Piece, parents: Sequence[int]) -> torch.Tensor:
         base = self._base()
         if self.by_rows and piece.paths and piece.spread < 1.0:
-            return row_attention.places_of(piece.paths, base.device)
+            return sent(row_attention.places_of(piece.paths), base.device)
         mask = sent(torch.from_numpy(visible(parents)), base.device)
         hidden = torch.zeros(mask.shape, dtype=base.dtype, device=base.device)
         return hidden.masked_fill_(~mask, torch.finfo(base.dtype).min)[None, None]

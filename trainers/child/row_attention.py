@@ -1,6 +1,6 @@
 """Attention over packed rows, row by row: each row's places are gathered, what several rows begin with for each of them, so that no
-product is computed that a mask would throw away. The layers around it see every place once. For processors, where torch's own
-kernels take a dense mask at its full price and rows of this length badly."""
+product is computed that a mask would throw away. The layers around it see every place once. On accelerators with torch's flash
+attention, which takes no mask; on processors with products of our own: torch's kernels take rows of this length badly there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, List, Tuple
 
 import torch
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -15,12 +16,12 @@ from transformers.masking_utils import sdpa_mask
 NAME = "packed_rows"
 
 
-def places_of(paths: Sequence[Sequence[int]], device: Any) -> torch.Tensor:
-    """[1, 1, rows, longest] int64: stands in the place of a mask, which models hand through as it is. `paths`: each row's places in
-    order. A row's last place fills it up: what stands behind a place is not looked at."""
+def places_of(paths: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[1, 1, rows, longest] int64, on the host: stands in the place of a mask, which models hand through as it is. `paths`: each row's
+    places in order. A row's last place fills it up: what stands behind a place is not looked at."""
     longest = max(map(len, paths))
     filled: List[List[int]] = [[*path, *[path[-1]] * (longest - len(path))] for path in paths]
-    return torch.tensor(filled, dtype=torch.long, device=device)[None, None]
+    return torch.tensor(filled, dtype=torch.long)[None, None]
 
 
 def attend(
@@ -34,8 +35,35 @@ def attend(
     if more.get("dropout") or more.get("position_bias") is not None or more.get("softcap") is not None:
         raise ValueError("attention by rows knows none of dropout, position_bias and softcap")
     scale = query.shape[-1] ** -0.5 if more.get("scaling") is None else float(more["scaling"])
-    out: torch.Tensor = _ByRows.apply(query, key, value, attention_mask[0, 0], scale)
+    by_rows = _ByRows.apply if query.device.type == "cpu" else flash
+    out: torch.Tensor = by_rows(query, key, value, attention_mask[0, 0], scale)
     return out, None
+
+
+def flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`rows` [rows, longest]. Causal and without a mask, so that torch may choose its flash kernel."""
+    q, k, v = (_ToRows.apply(one, rows) for one in (query, key, value))
+    fewer = key.shape[1] < query.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=fewer)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, _first(rows, query.shape[2]))[None]
+
+
+class _ToRows(torch.autograd.Function):
+    """[1, heads, places, width] → [rows, heads, longest, width]. A place's gradients of several rows are summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.places = states.shape[2]
+        chosen = states[0].index_select(1, rows.flatten())
+        return chosen.view(len(chosen), *rows.shape, -1).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> Tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return _summed(outer, rows, ctx.places), None
 
 
 class _ByRows(torch.autograd.Function):

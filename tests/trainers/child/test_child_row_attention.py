@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from trainers.child import row_attention
 from trainers.child.data import Example
 from trainers.child.loss import SummedLoss
 from trainers.child.packing import Piece, packed, visible
-from trainers.child.row_attention import attend, places_of
+from trainers.child.row_attention import attend, flash, places_of
 
+Attend = Callable[..., tuple[torch.Tensor, None]]
 WIDTH = 8
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=5)
 
@@ -32,7 +35,9 @@ def dense(piece: Piece, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[None, None]
 
 
-def both_ways(piece: Piece, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+def both_ways(
+    piece: Piece, heads: int, key_heads: int, dtype: torch.dtype, attend: Attend = attend
+) -> tuple[list[torch.Tensor], ...]:
     """By rows, and under the mask: the output, and the gradients of query, key and value."""
     places, generator = len(piece.ids[0]), torch.Generator().manual_seed(1)
     drawn = [
@@ -41,7 +46,7 @@ def both_ways(piece: Piece, heads: int, key_heads: int, dtype: torch.dtype) -> t
     module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True, training=True)
     found = []
     assert piece.paths is not None
-    for mask in (places_of(piece.paths, "cpu"), dense(piece, dtype)):
+    for mask in (places_of(piece.paths), dense(piece, dtype)):
         states = [one.to(dtype).transpose(1, 2).clone().requires_grad_() for one in drawn[:3]]
         out, _ = attend(module, *states, mask, scaling=0.3)
         out.backward(drawn[3].to(dtype))
@@ -49,17 +54,33 @@ def both_ways(piece: Piece, heads: int, key_heads: int, dtype: torch.dtype) -> t
     return tuple(found)
 
 
-@given(ROWS, st.sampled_from([(2, 2), (4, 2), (3, 1)]))
-def test_states_and_gradients_are_those_under_a_mask(rows: list[list[int]], heads: tuple[int, int]) -> None:
-    ours, theirs = both_ways(piece_of(rows), *heads, torch.float32)
+def on_an_accelerator(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **more: float
+) -> tuple[torch.Tensor, None]:
+    """Its way, on a CPU."""
+    if mask.dtype != torch.long:
+        return attend(module, query, key, value, mask, **more)
+    return flash(query, key, value, mask[0, 0], more["scaling"]), None
+
+
+WAYS = pytest.mark.parametrize("way", [attend, on_an_accelerator])
+
+
+@WAYS
+@given(rows=ROWS, heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+def test_states_and_gradients_are_those_under_a_mask(
+    way: Attend, rows: list[list[int]], heads: tuple[int, int]
+) -> None:
+    ours, theirs = both_ways(piece_of(rows), *heads, torch.float32, way)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_in_bfloat16_they_differ_by_rounding(tmp_path: Path) -> None:
+@WAYS
+def test_in_bfloat16_they_differ_by_rounding(way: Attend) -> None:
     piece = piece_of([[1, 2, 3, *range(n, n + 20)] for n in range(4, 60, 7)])
     exact, _ = both_ways(piece, 4, 2, torch.float32)
-    ours, theirs = both_ways(piece, 4, 2, torch.bfloat16)
+    ours, theirs = both_ways(piece, 4, 2, torch.bfloat16, way)
     for wanted, mine, other in zip(exact, ours, theirs, strict=True):
         off, torchs = (float((one.float() - wanted).norm() / wanted.norm()) for one in (mine, other))
         assert off < max(2.5 * torchs, 0.006)
@@ -69,7 +90,7 @@ def test_in_bfloat16_they_differ_by_rounding(tmp_path: Path) -> None:
 def test_what_it_does_not_know_is_refused(more: dict[str, float]) -> None:
     states = [torch.zeros(1, 2, 3, WIDTH) for _ in range(3)]
     with pytest.raises(ValueError, match="by rows"):
-        attend(SimpleNamespace(), *states, places_of([[0, 1, 2]], "cpu"), **more)
+        attend(SimpleNamespace(), *states, places_of([[0, 1, 2]]), **more)
 
 
 @pytest.fixture
