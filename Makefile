@@ -51,6 +51,7 @@ test: lint unit
 	$(BIN)/pytest -q -m integration tests/integration
 
 drill: install-test
+	EXPLORE=1 $(BIN)/pytest -q -m hypothesis tests
 	$(BIN)/python -m tests.drills.kills
 	$(BIN)/python -m tests.drills.turns
 	$(BIN)/python -m tests.drills.training_kills

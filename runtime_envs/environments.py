@@ -139,11 +139,18 @@ class Environments:
         return remove(self._root, fingerprint)
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time ones have none
+        return f"signal {number}"
+
+
 def _check_failed(fingerprint: str, error: OSError | subprocess.CalledProcessError) -> EnvironmentProblem:
     reason = str(error)
     if isinstance(error, subprocess.CalledProcessError):  # its own words name the command, not what it was for
         code = error.returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         reason = f"a process that reads its files {how}"
     return EnvironmentProblem(
         CHECK_FAILED, f"Environment {fingerprint} could not be checked on this node: {reason}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from runtime_envs.fingerprint import FINGERPRINT
 
 PROC = Path("/proc")
 DU_TIMEOUT_S = 600.0
+GONE = ": No such file or directory"
 
 
 def in_use(root: Path) -> frozenset[str]:
@@ -31,10 +33,10 @@ def _commands() -> Iterator[str]:
 
 def disk_bytes(folder: Path) -> int:
     """Hard links counted once. Files that go meanwhile make du fail after it has counted all others: what it says holds. Raises
-    CalledProcessError when it says nothing."""
-    done = subprocess.run(
-        ["du", "--summarize", "--block-size=1", folder], capture_output=True, text=True, timeout=DU_TIMEOUT_S
-    )
-    if not done.stdout:
+    CalledProcessError when anything else went wrong."""
+    command = ["du", "--summarize", "--block-size=1", str(folder)]
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DU_TIMEOUT_S, env=environment)
+    if not (done.returncode == 1 and done.stdout and all(line.endswith(GONE) for line in done.stderr.splitlines())):
         done.check_returncode()
     return int(done.stdout.split()[0])

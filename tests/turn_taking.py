@@ -14,6 +14,7 @@ import httpx
 import psycopg
 from heliostat_service import SETTINGS, Row, Service, events, job, submit, wait_for
 from kills import StepLoss, losses
+from waiting import PATIENCE_S
 
 QUANTUM_S, MIN_RUN_S, SWITCH_S = 8.0, 4.0, 20.0
 """`SWITCH_S`: a bound for the rest of a step, the order and its answer, and a driver that starts on a busy machine."""
@@ -92,7 +93,8 @@ def watched(service: Service, tenants: set[str]) -> Iterator[Ledger]:
         yield ledger
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
 
 
 def _look(service: Service) -> tuple[list[tuple[str, str, list[int], Any]], set[tuple[str, int]], set[str]]:

@@ -97,7 +97,7 @@ class DatasetService:
             session.refresh(row, with_for_update=True)  # a job that is being created holds it: wait and see that job
             refuse_used(session, "dataset", (JobRow.dataset_id == row.id) | (JobRow.validation_dataset_id == row.id))
             row.deleted_at = func.now()
-            dataset_id, prefix = row.id, prefix_of(row)
+            dataset_id, prefix = row.id, row.object_key.removesuffix(f"/{ROWS}")
         self._parts.storage.delete_prefix(prefix)
         return dataset_id
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
@@ -15,29 +15,32 @@ from cluster.core.job import TERMINAL
 from cluster.errors import Conflict
 
 V = TypeVar("V", Dataset, Code)
+FOLDERS: Final[Mapping[type[Dataset | Code], str]] = {Dataset: "datasets", Code: "code"}
+"""Of each tenant. What is stored lies there, whatever becomes of the names of tables and classes."""
 
 
 def store(parts: Parts, row: V, content: Callable[[V], Any], put: Callable[[str], None]) -> tuple[V, bool]:
     """(the version, whether it is new); the newest one of the name is the answer where it has the same content. Objects first (`put`
     is told below which prefix), then the row that names them: a row never points at nothing."""
+    prefix = prefix_of(row)  # now: of a row under which the connection died nothing can be read
     new = False
     try:
         with parts.database.tenant(row.tenant_id) as session:
             there = Repository(session, row.tenant_id).same_version(row, content)
         if there is None:
-            put(prefix_of(row))
+            put(prefix)
             with parts.database.tenant(row.tenant_id) as session:
                 there = Repository(session, row.tenant_id).add_version(row, content)
         new = there is row
         return there, new
     finally:
         if not new:
-            parts.storage.delete_prefix(prefix_of(row))
+            parts.storage.delete_prefix(prefix)
 
 
 def prefix_of(row: Dataset | Code) -> str:
-    """Where its files lie in storage."""
-    return f"tenants/{row.tenant_id}/{row.__tablename__}/{row.id}"
+    """Where the files of a new one are put; of one that is there, the row says."""
+    return f"tenants/{row.tenant_id}/{FOLDERS[type(row)]}/{row.id}"
 
 
 def refuse_used(session: Session, what: str, by: ColumnElement[bool]) -> None:

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ TRIES = 4
 """Without a new byte."""
 PAUSE_S = 0.5
 """Doubled each time."""
+FOLDER_TRIES, FOLDER_PAUSE_S = 200, 0.005
+"""Others remove a folder once for each time that one of them has finished."""
 STALLED_S = 60.0
 PROGRESS_BYTES: Final = 8 * 1024 * 1024
 SAMPLE_BYTES: Final = 64 * 1024
@@ -199,13 +202,18 @@ async def bring(package: Package, progress: Progress) -> None:
 
 
 def alone(path: Path) -> int:
-    """A descriptor that holds the lock on this file, which others may have removed while it was waited for."""
+    """A descriptor that holds the lock on this file, which others may have removed while it was waited for. Raises OSError."""
+    tries = 0
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except (FileExistsError, FileNotFoundError):
-            continue  # the folder was there, and is gone again
+        except (FileExistsError, FileNotFoundError):  # the folder was there, and is gone again
+            tries += 1
+            if tries >= FOLDER_TRIES:  # or a file has its place, or a link that leads nowhere
+                raise
+            time.sleep(FOLDER_PAUSE_S)
+            continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):

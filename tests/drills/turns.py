@@ -34,6 +34,7 @@ from builders_llama import make_tiny_llama  # noqa: E402
 from heliostat_service import Service, ended, rows, started, submit, upload, wait_done  # noqa: E402
 from kills import TARGETS, StepLoss, losses  # noqa: E402
 from turn_taking import TURNS, Ledger, Work, jain, run_alone, watched  # noqa: E402
+from waiting import PATIENCE_S  # noqa: E402
 
 from benchmarks.hardware import hardware  # noqa: E402
 from cluster.processes import running_attempts  # noqa: E402
@@ -86,7 +87,8 @@ def hunted(service: Service) -> Iterator[Strays]:
         yield strays
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
 
 
 def granted(service: Service) -> set[tuple[str, int]]:

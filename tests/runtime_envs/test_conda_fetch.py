@@ -183,6 +183,29 @@ def test_a_folder_may_be_gone_at_any_moment(tmp_path: Path) -> None:
     assert not file.parent.exists()
 
 
+def a_file(at: Path) -> None:
+    at.touch()
+
+
+def a_link_to_nothing(at: Path) -> None:
+    at.symlink_to("unmounted/disk")
+
+
+@pytest.mark.parametrize(
+    ("made", "where"),
+    [
+        *((a_file, where) for where in ("downloads", "downloads/digest")),
+        *((a_link_to_nothing, where) for where in ("downloads", "downloads/digest", "downloads/digest/package")),
+    ],
+)
+def test_what_is_in_a_folder_s_place_for_good_is_an_error(tmp_path: Path, made: Any, where: str) -> None:
+    place = tmp_path / where
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made(place)
+    with pytest.raises(OSError, match="downloads"):
+        fetch_process.alone(tmp_path / "downloads" / "digest" / "package")
+
+
 def test_pruning_takes_what_arrived_in_part(bare: Node, python: Path) -> None:
     broken_off(bare, python)
     prune(bare.root)

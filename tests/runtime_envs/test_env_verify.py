@@ -126,16 +126,19 @@ def test_a_check_that_was_cut_short_finds_nothing_whole(tmp_path: Path) -> None:
         full_verify(tmp_path)
 
 
-def test_a_check_whose_process_was_killed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (40, "signal 40")])
+def test_a_check_whose_process_was_killed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
     home = _made(tmp_path)
     killed = tmp_path / "killed.py"
-    killed.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    killed.write_text(f"import os\nos.kill(os.getpid(), {number})\n")
     monkeypatch.setattr(verify, "PROCESS", killed)
     for check in (lambda: Environments(tmp_path).verify(NAME, full=True), lambda: Environments(tmp_path).repair(NAME)):
         with pytest.raises(EnvironmentProblem) as caught:
             check()
         assert (caught.value.code, caught.value.fixable_by) == ("environment_check_failed", "operator")
-        assert NAME in caught.value.message and "SIGKILL" in caught.value.message
+        assert NAME in caught.value.message and f"was ended by {name}." in caught.value.message
         assert caught.value.hint
     assert (home / PREFIX / "one").read_bytes() == b"one"
 

@@ -118,7 +118,7 @@ def _checked(session: Session, ref: str, what: str) -> None:
 
 
 def _found(one: dict[str, Any]) -> str:
-    return " ".join(filter(None, (one["error"], one["hint"]))) or ", ".join(one["damaged"][:5])
+    return " ".join(filter(None, (one["error"], one.get("hint")))) or ", ".join(one["damaged"][:5])
 
 
 @command(app, "rm")

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from builders_api import ROWS, Api, jsonl, make_api, serving, upload
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select, text
+from sqlalchemy.orm import Session
 from waiting import until
 
 from app.db.models import Dataset
@@ -178,11 +179,39 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(api: Api) -> None:
     until(lambda: nothing_is_left(api))
 
 
+def test_a_connection_that_dies_under_the_row_is_said_and_leaves_nothing(api: Api) -> None:
+    """Between its INSERT and its reading: what SQLAlchemy knew of the row is gone then."""
+
+    def cut(session: Session, _: object) -> None:
+        pid = session.scalar(select(func.pg_backend_pid()))
+        with api.database.platform() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid, 60000)"), {"pid": pid})
+
+    with api.client() as client:
+        event.listen(Session, "after_flush", cut, once=True)
+        answer = upload(client)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable"), answer.text
+        assert nothing_is_left(api)
+        assert upload(client).status_code == 201
+
+
 def test_a_deleted_dataset_is_gone_but_its_number_stays_used(api: Api, acme: httpx.Client) -> None:
     assert acme.delete("/datasets/rows").json()["deleted"] is True
     assert api.keys() == []
     assert acme.get("/datasets/rows").status_code == acme.delete("/datasets/rows").status_code == 404
     assert upload(acme).json()["ref"] == "rows@2"
+
+
+def test_files_are_removed_from_where_they_were_stored(api: Api, acme: httpx.Client) -> None:
+    """By a release that named its folders otherwise."""
+    with api.database.platform() as session:
+        row = session.scalars(select(Dataset)).one()
+        old, row.object_key = row.object_key, f"tenants/acme/rows-of-old/{row.id}/rows.jsonl"
+        with api.storage.reader(old) as content:
+            api.storage.put_stream(row.object_key, content)
+    assert set(api.keys()) > {row.object_key}
+    assert acme.delete("/datasets/rows").status_code == 200
+    assert row.object_key not in set(api.keys())
 
 
 def test_a_dataset_that_a_job_needs_stays(acme: httpx.Client) -> None:

@@ -146,6 +146,15 @@ def test_environments(cli: Run, service: FakeService, tmp_path: Path) -> None:
     assert cli("env", "rm", "mine").code == 0
 
 
+def test_environments_are_checked_by_an_older_service_too(cli: Run, service: FakeService) -> None:
+    failed = {"node": "n1", "status": "failed", "damaged": [], "error": "it was killed"}  # `hint` came later
+    service.objects["POST /environments/mine/verify"] = {"ok": False, "nodes": [failed]}
+    said = cli("env", "verify", "mine")
+    assert said.code == 1 and "it was killed" in said.out
+    failed["hint"] = "check it again"
+    assert "it was killed check it again" in cli("env", "verify", "mine").out
+
+
 def test_token_create(cli: Run, service: FakeService, tmp_path: Path) -> None:
     service.objects["POST /tokens"] = {"id": "tok-1", "token": "the-token", "role": "member"}
     said = cli(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import PATIENCE_S
 
 from trainers.child.checkpoint import _random_state, _restore_random
 from trainers.child.world import World
@@ -39,7 +40,7 @@ def test_values_of_all_ranks_come_to_the_first_one(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=60)[0] for rank in ranks]
+        said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

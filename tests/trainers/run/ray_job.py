@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import ray
 from fakes_driver import JOB, make_assignment
+from waiting import PATIENCE_S
 from wiring_run import NAMESPACE, ROOT_VARIABLE, Rows, driver_parts, objects_url, start_agent
 
 from cluster.core.job import JobState, Placement, Wish
@@ -30,7 +31,7 @@ def look(rows: Any) -> dict[str, Any]:
     return found
 
 
-def until(true: Any, timeout_s: float = 60) -> float:
+def until(true: Any, timeout_s: float = PATIENCE_S) -> float:
     started = time.monotonic()
     while not true():
         if time.monotonic() - started > timeout_s:
@@ -53,8 +54,12 @@ def main() -> None:
         "two_nodes": whole_job(launcher, storage, model, {"n1": (0,), "n2": (0,)}),
     }
     until(lambda: not left_actors())
-    groups = ray.util.placement_group_table().values()
-    print(json.dumps({**seen, "groups": [group["state"] for group in groups]}))
+    until(lambda: set(groups()) == {"REMOVED"})  # some moments after the actors that were in them
+    print(json.dumps({**seen, "groups": groups()}))
+
+
+def groups() -> list[str]:
+    return [group["state"] for group in ray.util.placement_group_table().values()]
 
 
 def left_actors() -> list[str]:

@@ -22,6 +22,8 @@ from fakes_driver import ENVIRONMENT
 
 pytestmark = pytest.mark.integration
 
+RAY_JOBS_S = 600.0
+"""For three jobs, one after the other."""
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
 
@@ -102,10 +104,11 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], output: Path) -> 
     raise TimeoutError(f"the Ray head did not start: {output.read_text()[-2000:]}")
 
 
+@pytest.mark.timeout(2 * RAY_JOBS_S)
 def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     script = [sys.executable, str(HERE / "ray_job.py"), head, str(model)]
-    done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=RAY_JOBS_S)
     assert done.returncode == 0, done.stderr[-6000:]
     seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     whole = seen["whole"]

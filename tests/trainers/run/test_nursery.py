@@ -304,7 +304,7 @@ def test_what_was_granted_after_it_was_let_go_keeps_its_files(tmp_path: Path) ->
     ahead = Ahead(world(tmp_path))
     ahead.wait_for_child()
     slow = threading.Event()
-    ahead.nursery._background.submit(slow.wait, 30)  # another job's environment
+    ahead.nursery._background.submit(slow.wait, PATIENCE_S)  # another job's environment
     ahead.nursery.expect([])
     task = prepared(ahead.made)
     ahead.nursery.expect([])
