@@ -30,6 +30,7 @@ End of file on either side: the other is dead; the child leaves at once.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from typing import Any, Dict, Optional
 
@@ -81,6 +82,13 @@ class Channel:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time ones have none
+        return f"signal {number}"
 
 
 def pair() -> "tuple[Channel, Channel]":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from typing import Any
 
 from cluster.core.job import JobState
 from cluster.errors import JobFailure
+from trainers.protocol import signal_name
 from trainers.run.limits import max_runtime_outcome
 from trainers.run.parts import Order, Outcome, Record
 from trainers.run.ports import DriverStore, StepRow
@@ -347,7 +347,7 @@ def _lost_outcome(record: Record, hello_heard: bool) -> Outcome:
     """A signal comes from outside (the kernel's memory killer, an operator): it may work again. One that ends by itself
     before it could speak does so each time."""
     if record["signal"] is not None:
-        return _killed(f"the training process was ended by {signal.Signals(record['signal']).name}")
+        return _killed(f"the training process was ended by {signal_name(record['signal'])}")
     if hello_heard:
         return _killed(f"the training process left with exit code {record['exit_code']}")
     last = record["log_tail"][-1] if record["log_tail"] else "it printed nothing"

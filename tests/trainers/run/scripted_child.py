@@ -9,7 +9,7 @@ from pathlib import Path
 from trainers.protocol import FD_VARIABLE, Channel
 
 STEPS = 6
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS = range(13)
+GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS, DIES_NAMELESS = range(14)
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
         if does in (OBEYS, STUBBORN):
             obey(channel, out, does, step - 1)
         say_step(channel, step)
-        if does == DIES and step == 3:
-            os.kill(os.getpid(), 9)
+        if does in (DIES, DIES_NAMELESS) and step == 3:
+            os.kill(os.getpid(), 9 if does == DIES else 40)
         if does in (HOG, HOGS) and step == 3:
             hog(does)
         if does == FAILS and step == 3:

@@ -134,10 +134,11 @@ def test_threads_are_counted_on_the_node_that_trains(tmp_path: Path) -> None:
     assert task.threads == task.config["threads_per_slot"] == made.agent.cpus
 
 
-def test_a_killed_child_is_recovered_from(tmp_path: Path) -> None:
-    store = run(world(tmp_path, does.DIES)).store
+@pytest.mark.parametrize(("how", "name"), [(does.DIES, "SIGKILL"), (does.DIES_NAMELESS, "signal 40")])
+def test_a_killed_child_is_recovered_from(tmp_path: Path, how: int, name: str) -> None:
+    store = run(world(tmp_path, how)).store
     assert store.state is JobState.RECOVERING
-    assert "SIGKILL" in store.moves[-1][1]
+    assert name in store.moves[-1][1]
     assert store.error is not None and store.error["code"] == "child_killed" and "memory" in str(store.error["hint"])
     assert list(store.steps) == [1, 2, 3]
 

@@ -25,7 +25,7 @@ from trainers.child.custom.kept import Custody, Nothing, Refused, hashes_of, pos
 from trainers.child.custom.script import Places, Script, free_port, start
 from trainers.child.custom.turns import Turns
 from trainers.config import TrainConfig
-from trainers.protocol import FD_VARIABLE, Channel, Message
+from trainers.protocol import FD_VARIABLE, Channel, Message, signal_name
 
 TICK_S = 1.0
 SIGN_OF_LIFE_S = 120.0
@@ -259,8 +259,8 @@ def cause_of(script: Script, code: int) -> tuple[str, str, str]:
     """Code, message and whose turn it is, of a script that ended badly."""
     name = f"The script (rank {script.number})" if script.many else "The script"
     if -code in FROM_OUTSIDE:
-        return "rank_lost", f"{name} was ended by {signal.Signals(-code).name}.", "operator"
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return "rank_lost", f"{name} was ended by {signal_name(-code)}.", "operator"
+    how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     return "script_failed", f"{name} {how}. The last lines it printed:\n{script.last_lines()}", "user"
 
 
