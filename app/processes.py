@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,19 +131,44 @@ def marked(instance: str) -> Iterator[psutil.Process]:
                 continue
 
 
-def end_marked(instance: str, timeout_s: float = 10.0) -> int:
-    """SIGKILL to every process of the instance until none is left: all of them are made to be killed. How many there were."""
+def end_marked(instance: str, sessions: Iterable[int] = (), timeout_s: float = 10.0) -> int:
+    """SIGKILL to every process of the instance until none is left: all of them are made to be killed. How many there were.
+
+    Those too in the `sessions` that it leads or has led: a program may rewrite the memory that /proc shows as its environment,
+    as Ray's agents do with their titles."""
     ended: set[int] = set()
+    led = set(sessions)
     deadline = time.monotonic() + timeout_s
     empty_looks = 0
     while empty_looks < 2 and time.monotonic() < deadline:
         left = list(marked(instance))
+        led |= {process.pid for process in left if _session(process.pid) == process.pid}
+        left += [process for process in in_sessions(led) if process not in left]
         ended.update(process.pid for process in left)
         _signal(left, signal.SIGKILL)
         psutil.wait_procs(left, 1.0)
         empty_looks = 0 if left else empty_looks + 1
         time.sleep(0 if left else EXEC_S)
     return len(ended)
+
+
+def in_sessions(led: set[int]) -> list[psutil.Process]:
+    """Living processes of these sessions but this one; a session outlives its leader."""
+    found = []
+    for pid in psutil.pids():
+        if pid != os.getpid() and _session(pid) in led:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+    return found
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:

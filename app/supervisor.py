@@ -247,8 +247,9 @@ class Supervisor:
 
     def _end_ray(self) -> None:
         """The head, the control process and all that Ray started; training children leave at the end of their sockets."""
-        end_all([one for one in (self._control, self._head) if one is not None], ORDERLY_S)
-        end_marked(self.state.instance)
+        roots = [one for one in (self._control, self._head) if one is not None]
+        end_all(roots, ORDERLY_S)
+        end_marked(self.state.instance, [one.process.pid for one in roots])
         if self._scratch is not None and self._settings.ray.temp_dir is None:
             try:
                 keep_ray_logs(self._scratch, self._settings.log_dir / "ray-last")

@@ -18,7 +18,7 @@ from waiting import until
 
 from app import ray_head, supervisor
 from app.cli.local_service import end_left_behind, read_state
-from app.processes import PORTS, end_marked, free_port, mark, marked, start
+from app.processes import PORTS, end_marked, free_port, in_sessions, mark, marked, start
 from app.settings import Settings
 from app.supervisor import Supervisor, check_isolation, resolve, resolved_file, state_file, write_resolved
 from cluster.errors import Conflict, Unavailable
@@ -142,6 +142,24 @@ def test_a_program_that_writes_over_its_environment_is_still_found(instance: str
     left = start("left", SLEEPER, kept, tmp_path / "log")
     until(lambda: [process.pid for process in marked(instance)] == [left.process.pid])
     assert end_marked(instance) == 1 and not left.alive
+
+
+def test_one_that_shows_nothing_of_its_environment_is_found_by_its_session(instance: str, tmp_path: Path) -> None:
+    """As Ray's agents were, long after their raylet: that had started them, in the session of the Ray head."""
+    nameless = [
+        sys.executable,
+        "-c",
+        "import subprocess, time; subprocess.Popen(['sleep', '600'], env={}); time.sleep(600)",
+    ]
+    left, gone = (start(name, nameless, environment(instance), tmp_path / name) for name in ("left", "gone"))
+    sessions = {one.process.pid for one in (left, gone)}
+    until(lambda: len(in_sessions(sessions)) == 4)
+    until(lambda: len(list(marked(instance))) == 2)
+    gone.process.kill()
+    gone.process.wait()
+    assert end_marked(instance, [gone.process.pid]) == 3
+    left.process.wait()
+    assert in_sessions(sessions) == []
 
 
 def full_disk(*_: object) -> None:
