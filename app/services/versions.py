@@ -23,7 +23,7 @@ def store(parts: Parts, row: V, content: Callable[[V], Any], put: Callable[[str]
     """(the version, whether it is new); the newest one of the name is the answer where it has the same content. Objects first (`put`
     is told below which prefix), then the row that names them: a row never points at nothing."""
     prefix = prefix_of(row)  # now: of a row under which the connection died nothing can be read
-    new = False
+    needless = True
     try:
         with parts.database.tenant(row.tenant_id) as session:
             there = Repository(session, row.tenant_id).same_version(row, content)
@@ -31,10 +31,10 @@ def store(parts: Parts, row: V, content: Callable[[V], Any], put: Callable[[str]
             put(prefix)
             with parts.database.tenant(row.tenant_id) as session:
                 there = Repository(session, row.tenant_id).add_version(row, content)
-        new = there is row
-        return there, new
+                needless = there is not row  # a connection that dies from here on may have brought the row in
+        return there, there is row
     finally:
-        if not new:
+        if needless:
             parts.storage.delete_prefix(prefix)
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from builders_api import ROWS, Api, jsonl, make_api, serving, upload
-from sqlalchemy import event, func, select, text
+from sqlalchemy import event, exc, func, select, text
 from sqlalchemy.orm import Session
 from waiting import until
 
@@ -193,6 +193,25 @@ def test_a_connection_that_dies_under_the_row_is_said_and_leaves_nothing(api: Ap
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable"), answer.text
         assert nothing_is_left(api)
         assert upload(client).status_code == 201
+
+
+def test_a_connection_that_dies_behind_the_commit_takes_no_file_from_its_row(api: Api) -> None:
+    """The server has committed, its answer is lost: whether there is a row, nobody knows."""
+
+    def lost(_: Session) -> None:
+        raise exc.OperationalError("COMMIT", None, ConnectionResetError("the server closed the connection"))
+
+    def arm(session: Session, _: object) -> None:
+        event.listen(session, "after_commit", lost, once=True)
+
+    with api.client() as client:
+        event.listen(Session, "after_flush", arm, once=True)
+        answer = upload(client)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable"), answer.text
+        again = upload(client)
+        assert (again.status_code, again.json()["ref"]) == (200, "rows@1")
+        with api.database.platform() as rows:
+            assert {rows.scalars(select(Dataset.object_key)).one()} <= set(api.keys())
 
 
 def test_a_deleted_dataset_is_gone_but_its_number_stays_used(api: Api, acme: httpx.Client) -> None:
