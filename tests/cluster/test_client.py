@@ -143,8 +143,10 @@ def test_a_killed_scheduler_comes_back_and_goes_on(store: FileStore) -> None:
 
 
 def test_a_killed_agent_comes_back_and_its_node_with_it(store: FileStore) -> None:
-    os.kill(_pid_of("AgentActor"), 9)
+    killed = _pid_of("AgentActor")
+    os.kill(killed, 9)
     until(_answers)
+    assert _pid_of("AgentActor") != killed
     store.move("ftjob-b", JobState.SUCCEEDED)
     until(lambda: ("ftjob-b", 1) not in _granted(store))
 
@@ -160,7 +162,8 @@ def _answers() -> bool:
 def test_a_node_names_a_port_of_its_own_where_others_reach_it(store: FileStore) -> None:
     address, port = client.ask(client.node_agent("n1").meeting_point.remote(), 30).split(":")
     with socket.socket() as listener:
-        listener.bind((address, int(port)))
+        listener.bind((address, int(port)))  # nobody else has it
+        assert listener.getsockname() == (address, int(port))
 
 
 def test_a_check_that_fails_on_a_node_keeps_its_own_words(store: FileStore) -> None:

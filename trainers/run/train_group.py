@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -39,15 +40,12 @@ class TrainGroup:
     def run(self) -> None:
         """Blocks until all workers have returned. Raises `WorkersLost`."""
         try:
-            with tempfile.TemporaryDirectory(
-                prefix="heliostat-train-"
-            ) as folder:  # which Train asks for and nobody uses
-                self._fit(folder)
+            self._fit()
         except (TrainingFailedError, RayError, OSError, RuntimeError) as error:
             raise WorkersLost(f"the worker group was lost: {first_line(error)}") from error
 
-    def _fit(self, folder: str) -> None:
-        scaling, run = _scaling(self._request), _run_config(self._request, folder)
+    def _fit(self) -> None:
+        scaling, run = _scaling(self._request), _run_config(self._request)
         _Trainer(
             self._workers, self._work, train_loop_config=self._config, scaling_config=scaling, run_config=run
         ).fit()
@@ -120,11 +118,13 @@ def _scaling(request: GangRequest) -> ScalingConfig:
     )
 
 
-def _run_config(request: GangRequest, folder: str) -> RunConfigV2:
-    """Train tries nothing again: what follows a failure is the scheduler's decision."""
+def _run_config(request: GangRequest) -> RunConfigV2:
+    """Train tries nothing again: what follows a failure is the scheduler's decision. Nobody uses the storage that it asks for: in
+    memory, since a driver that ends, or is killed, would leave a folder behind."""
     return RunConfig(
         name=request.name,
-        storage_path=folder,
+        storage_path="train",
+        storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         worker_runtime_env={
             "tenant_env": request.fingerprint,

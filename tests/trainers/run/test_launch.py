@@ -42,6 +42,8 @@ def variables(tmp_path: Path) -> dict[str, str]:
     """The fingerprint comes from here instead of the plug-in, whose test is in tests/runtime_envs."""
     token = tmp_path / "ray.token"
     token.touch(mode=0o600)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     token.write_text(secrets.token_hex(32))
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -53,6 +55,7 @@ def variables(tmp_path: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
     }
 
 
@@ -124,4 +127,5 @@ def test_jobs_on_a_real_ray(head: str, variables: dict[str, str], tmp_path: Path
     assert seen["cancelled"] == {"steps": {}, "alive": False}
     assert seen["killed"]["child_gone_after_s"] < 30
     assert set(seen["groups"]) == {"REMOVED"}
+    assert [one.name for one in (tmp_path / "tmp").rglob("*ftjob*")] == []
     print(json.dumps(seen))
