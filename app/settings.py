@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -106,12 +107,8 @@ class SchedulerTimes(BaseModel):
     a low priority; 0: none."""
 
     def policy(self) -> Policy:
-        return Policy(
-            quantum_s=self.quantum_s,
-            min_run_s=self.min_run_s,
-            park_max_s=self.park_max_s,
-            reserve_after_s=self.reserve_after_s,
-        )
+        shared = {one.name for one in fields(Policy)} & set(type(self).model_fields)
+        return Policy(**{name: getattr(self, name) for name in shared})
 
 
 class TrainingSettings(BaseModel):

@@ -15,7 +15,7 @@ from heliostat_service import Row, Service, events, submit, wait_done, wait_for
 
 from trainers.protocol import MARK_VARIABLE
 
-STEPS = 120
+STEPS = 300
 TWO_SLOTS = {
     "base_model": "tiny",
     "dataset_id": "colours",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -12,8 +13,7 @@ from typing import Any
 
 import httpx
 import psycopg
-from heliostat_service import SETTINGS, Row, Service, events, job, submit, wait_for
-from kills import StepLoss, losses
+from heliostat_service import SETTINGS, Row, Service, events, explain_failure, submit, wait_done
 from waiting import PATIENCE_S
 
 QUANTUM_S, MIN_RUN_S, SWITCH_S = 8.0, 4.0, 20.0
@@ -45,9 +45,23 @@ class Work:
         }
 
 
-LONG, SHORT = 600, 150
-WORK = (Work("acme", LONG), Work("acme", SHORT), Work("globex", SHORT), Work("globex", SHORT), Work("initech", SHORT))
+SHORT = 150
 URGENT = Work("initech", SHORT, "urgent")
+QUANTA = 3
+"""So long does the long training last: it gives way to the others, however fast this machine is."""
+
+
+def work(long: int) -> tuple[Work, ...]:
+    """`long`: steps of the first job."""
+    return Work("acme", long), Work("acme", SHORT), *[Work("globex", SHORT)] * 2, Work("initech", SHORT)
+
+
+def steps_of_long(service: Service, measured: str) -> int:
+    """`measured`: a job that ran alone on this machine."""
+    with psycopg.connect(service.dsn(), connect_timeout=5) as connection:
+        found = connection.execute("SELECT avg(seconds) FROM steps WHERE job_id = %s", [measured]).fetchone()
+    assert found is not None
+    return math.ceil(QUANTA * QUANTUM_S / float(found[0]))
 
 
 @dataclass
@@ -111,10 +125,10 @@ def _look(service: Service) -> tuple[list[tuple[str, str, list[int], Any]], set[
         return leases, slots, {tenant for (tenant,) in unfinished}
 
 
-def run_alone(service: Service, client: httpx.Client, steps: int) -> list[StepLoss]:
+def run_alone(service: Service, client: httpx.Client, steps: int) -> str:
     job_id = submit(client, **Work("", steps).body())
-    wait_for(lambda: job(client, job_id)["status"] == "succeeded", 300)
-    return losses(service, job_id)
+    assert wait_done(client, job_id)["status"] == "succeeded", explain_failure(service, client, job_id)
+    return job_id
 
 
 @dataclass(frozen=True)

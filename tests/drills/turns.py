@@ -179,7 +179,7 @@ def record(line: dict[str, Any]) -> None:
 def drill(service: Service, wanted_kills: int, wanted_jobs: int, seed: int) -> int:
     """Rounds until there were so many kills and jobs; how many failed."""
     now = commit()
-    alone = run_alone(service, service.client(), STEPS)
+    alone = losses(service, run_alone(service, service.client(), STEPS))
     failures = 0
     while True:
         lines = recorded(now)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.integration
 BODY = {
     "base_model": "tiny",
     "dataset_id": "thrift",
-    "hyperparams": {"lr": 1e-3, "batch_size": 1, "max_steps": 400, "epochs": 100},
+    "hyperparams": {"lr": 1e-3, "batch_size": 1, "max_steps": 1500, "epochs": 100},
 }
 
 

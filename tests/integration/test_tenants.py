@@ -17,12 +17,15 @@ dependencies:
 """
 
 
-def _job_with(client: httpx.Client, version: str) -> str:
+def _prepare(client: httpx.Client, version: str) -> None:
     upload(client, "first", rows(40))
     made = client.post(
         "/environments", content=ENVIRONMENT.format(version=version), headers={"content-type": "application/yaml"}
     )
     assert made.status_code == 201, made.text
+
+
+def _job(client: httpx.Client) -> str:
     return submit(
         client,
         base_model="tiny",
@@ -36,7 +39,9 @@ def _job_with(client: httpx.Client, version: str) -> str:
 def test_two_tenants_at_once_with_two_versions_of_one_package(service: Service) -> None:
     """The package speaks at the start of the interpreter it is installed for: it is the training process that reports."""
     tenants = {"1.0": service.tenant("acme"), "2.0": service.tenant("globex")}
-    jobs = {version: _job_with(client, version) for version, client in tenants.items()}
+    for version, client in tenants.items():
+        _prepare(client, version)
+    jobs = {version: _job(client) for version, client in tenants.items()}
     for tenant, job_id in zip(("acme", "globex"), jobs.values(), strict=True):
         assert f"JobDriver(tenant={tenant}, job={job_id}, attempt=1)" in wait_for(lambda: _shown(service, 2), 300)
     for version, client in tenants.items():
