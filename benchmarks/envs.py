@@ -232,10 +232,9 @@ def expect_nothing(damaged: list[str]) -> None:
     assert damaged == [], damaged[:3]
 
 
-def make_channel(work: Path) -> Path:
-    """Once: pip's wheels of this machine's index, and the channel from them."""
+def make_channel(work: Path, names: list[str]) -> Path:
+    """Once: pip's wheels of this machine's index, and the channel from them. Raises `CalledProcessError` without an index."""
     channel, wheels, made_of = work / "channel", work / "wheels", work / "channel-of.json"
-    names = [*BASE, *TENANT, *ADDED]
     if not made_of.is_file() or json.loads(made_of.read_text()) != names:
         constraints = ROOT / "constraints" / "cpu.txt"
         options = ("-c", constraints, "--find-links", wheels, "--wheel-dir", wheels)
@@ -317,7 +316,7 @@ def main() -> None:
     asked = parser.parse_args()
     work: Path = asked.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    channel, progress = make_channel(work), work / "progress.json"
+    channel, progress = make_channel(work, [*BASE, *TENANT, *ADDED]), work / "progress.json"
     resumed = json.loads(progress.read_text()) if asked.resume and progress.is_file() else {}
     for stale in ("copy", "venv", "unpacked", "other", *(() if resumed else ("node", "cache"))):
         clear(work / stale, work)
