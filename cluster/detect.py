@@ -85,8 +85,8 @@ def parse_gpus(listing: str) -> list[Gpu]:
 
 
 def cpu_slots() -> int:
-    """One for two physical cores: a slot trains with several threads."""
-    return max(1, (psutil.cpu_count(logical=False) or 1) // 2)
+    """One for two physical cores that this process may use: a slot trains with several threads."""
+    return max(1, min(psutil.cpu_count(logical=False) or 1, usable_cpus()) // 2)
 
 
 def machine_memory_gb() -> float:

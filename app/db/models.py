@@ -57,7 +57,7 @@ class Tenant(Table):
 
 
 class Dataset(Table):
-    """One version of a named dataset. `object_key`: the canonical rows; `source_key`: what was uploaded."""
+    """One version of a named dataset. `object_key`: the canonical rows; `source_sha256`: of what was uploaded."""
 
     __tablename__ = "datasets"
     id: Mapped[str] = mapped_column(primary_key=True)

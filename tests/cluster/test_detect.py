@@ -73,7 +73,17 @@ def test_the_listing_of_nvidia_smi() -> None:
 
 
 def test_slots_are_half_the_physical_cores() -> None:
-    assert cpu_slots() == max(1, (psutil.cpu_count(logical=False) or 1) // 2)
+    assert cpu_slots() == max(1, min(psutil.cpu_count(logical=False) or 1, usable_cpus()) // 2)
+
+
+def test_a_quota_leaves_fewer_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    monkeypatch.setattr(detecting, "_GROUPS", tmp_path)
+    monkeypatch.setattr(detecting, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16)
+    assert cpu_slots() == 2
 
 
 @pytest.mark.parametrize(
