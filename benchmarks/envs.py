@@ -275,7 +275,7 @@ def _until_it_answers(port: int) -> None:
 
 def table(report: Report) -> list[tuple[str, str, str]]:
     """What, measured, wanted."""
-    seconds = report.median
+    seconds, extra = report.median, report.facts["extra_mb"]
 
     def times(slow: str, fast: str) -> str:
         return f"{seconds(slow) / seconds(fast):.1f}× ({seconds(fast):.2f} s against {seconds(slow):.2f} s)"
@@ -285,7 +285,7 @@ def table(report: Report) -> list[tuple[str, str, str]]:
 
     return [
         ("second tenant against `cp -a`", times("cp -a", "second tenant"), "≥ 15× [≤ 1.5 s]"),
-        ("its extra disk, most of any", f"{max(report.facts['extra_mb']):.0f} MB", "≤ 25 MB"),
+        ("its extra disk", f"{statistics.median(extra):.1f} MB (the most of {len(extra)}: {max(extra):.1f})", "≤ 25 MB"),
         ("first on a node against venv and pip", times("venv and pip", "first on a node"), "≥ 10× [≤ 9 s]"),
         ("solve", f"{seconds('solve'):.2f} s", "[≤ 0.1 s]"),
         ("quick check against `find`", against("quick check", "find"), "≤ 2× [≤ 0.3 s]"),
