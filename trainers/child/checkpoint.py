@@ -136,7 +136,9 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-_NO_NUMBERS = ("micro_batch_size", "zero_stage", "offload", "gradient_checkpointing", "load_best_model_at_end")
+_NO_NUMBERS = (
+    "micro_batch_size", "zero_stage", "offload", "gradient_checkpointing", "use_liger_kernel", "load_best_model_at_end",
+)  # fmt: skip
 """Hyperparameters that change rounding at most, or only what is kept."""
 
 

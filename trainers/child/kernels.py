@@ -22,7 +22,7 @@ from trainers.config import TrainConfig
 
 TORCH, LIGER = "torch", "liger"
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma", "gemma2", "gemma3_text")
 """Of those that Liger knows, the dense ones that are tried in the tests. Its kernels for mixtures of experts add up in no fixed
 order, so that a run would not be repeated bit for bit."""
 
@@ -40,7 +40,8 @@ def fuse(loaded: Loaded, config: TrainConfig, world: World, control: Control) ->
     """The same model with Liger's kernels in it where they can be used, and which ones it has. Decided once a run: what began with
     torch's goes on with them, and so does, with a warning, what began with Liger's where they cannot be used. Called by all
     ranks together, after `make_engine`: parted weights are put together only from then on."""
-    if config.resume_from and begun_with(config, "kernels") != LIGER:
+    wanted = config.hyperparams.use_liger_kernel
+    if wanted is False or (config.resume_from and begun_with(config, "kernels") != LIGER):
         return loaded
     base = loaded.model.get_base_model() if hasattr(loaded.model, "peft_config") else loaded.model
     changes: List[Change] = []
@@ -51,7 +52,7 @@ def fuse(loaded: Loaded, config: TrainConfig, world: World, control: Control) ->
         if not world.sum(why_not is not None)[0]:
             return replace(loaded, kernels=LIGER)
     _put_back(changes)
-    if tried or config.resume_from:
+    if tried or wanted or config.resume_from:
         resumes = ". The run began with Liger's: its losses may differ in the last digits" if config.resume_from else ""
         warn(control, f"Torch's kernels are used: {why_not or 'another rank cannot use those of Liger'}{resumes}.")
     return loaded
@@ -63,7 +64,7 @@ def _unusable(base: Any, device: str) -> Optional[str]:
         return "those of Liger need a GPU"
     missing = [name for name in ("liger_kernel", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} is not in the environment"
+        return f"the environment lacks {' and '.join(missing)}"
     if base.config.model_type not in FAMILIES:
         return f"those of Liger are not used for {base.config.model_type} models"
     return None

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from builders_child import Child, Recorder, Zygote, make_config, numbers, zygote
 from builders_llama import capital_rows, write_rows
-from builders_methods import checkpoint_of, label_rows, preference_rows, train
+from builders_methods import checkpoint_of, label_rows, make_tiny_bert, preference_rows, train
 
+from trainers.child import kernels
 from trainers.config import TrainConfig
 from trainers.protocol import Message
 
@@ -81,7 +82,7 @@ def losses(steps: list[Message]) -> list[float]:
     return [step["loss"] for step in steps]
 
 
-def told(child: Child) -> list[str]:
+def told(child: Child | Recorder) -> list[str]:
     return [message["message"] for message in child.of("log")]
 
 
@@ -94,7 +95,7 @@ def test_every_family_computes_the_same(on_cpu: dict[str, str]) -> None:
     command = [sys.executable, str(HERE / "kernels_compared.py")]
     done = subprocess.run(command, env={**os.environ, **on_cpu}, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 16
+    assert len(found) == 2 * len(kernels.FAMILIES)
     for name, one in found.items():
         most = 1e-6 if name.endswith("float32") else 2e-2
         assert max(one["states"], one["gradients"]) < most, name
@@ -160,9 +161,48 @@ def test_a_run_keeps_the_kernels_that_it_began_with(
     wire, steps = resumed(None, ligers, "5")
     assert losses(steps) == pytest.approx(losses(with_liger[1:]), rel=1e-5)
     assert wire.of("ready")[0]["kernels"] == "torch"
-    assert [message["message"] for message in wire.of("log")] == [
+    assert told(wire) == [
         "Torch's kernels are used: those of Liger need a GPU. The run began with Liger's: its losses may differ in the last digits."
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [({}, "those of Liger need a GPU"), ({"TRITON_INTERPRET": "1"}, "the environment lacks liger_kernel")],
+    ids=["no GPU", "not installed"],
+)
+def test_who_asks_for_them_is_told_why_not(
+    variables: dict[str, str],
+    why: str,
+    tiny_llama: Path,
+    capitals: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    quiet = train(short(tiny_llama, capitals, tmp_path / "1"))
+    wire = train(short(tiny_llama, capitals, tmp_path / "2", use_liger_kernel=True))
+    assert (told(quiet), quiet.of("ready")[0]["kernels"]) == ([], "torch")
+    assert told(wire)[0].startswith(f"Torch's kernels are used: {why}")
+    assert numbers(wire.of("step")) == numbers(quiet.of("step"))
+
+
+def test_torchs_may_be_asked_for(fused: Callable[[], Child], tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+    config = short(tiny_llama, capitals, tmp_path / "1", use_liger_kernel=False)
+    child = fused()
+    steps = child.run(config)
+    assert (told(child), child.of("ready")[0]["kernels"]) == ([], "torch")
+    assert numbers(steps) == numbers(train(replace(config, output_dir=str(tmp_path / "2"))).of("step"))
+
+
+def test_other_architectures_keep_torchs(fused: Callable[[], Child], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", label_rows(4))
+    bert = make_tiny_bert(tmp_path / "bert")
+    child = fused()
+    child.run(short(bert, rows, tmp_path / "1", task="sequence_classification", use_liger_kernel=True))
+    assert child.of("ready")[0]["kernels"] == "torch"
+    assert told(child) == ["Torch's kernels are used: those of Liger are not used for bert models."]
 
 
 @pytest.mark.parametrize(
