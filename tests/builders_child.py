@@ -19,6 +19,7 @@ from trainers.protocol import Channel, Message, pair
 ZYGOTE = """
 import array, os, signal, socket, sys, warnings
 sys.path.insert(0, sys.argv[2])
+exec(sys.argv[3])
 from trainers.child import launcher
 os.environ.update(launcher.ENVIRONMENT)
 launcher._versions()
@@ -104,15 +105,17 @@ class Child:
 
 
 class Zygote:
-    def __init__(self) -> None:
+    """`first`: Python that it runs before it imports anything else."""
+
+    def __init__(self, first: str = "", **environment: str) -> None:
         ours, theirs = socket.socketpair()
         self._wire = ours
         self._channels: list[Channel] = []
         root = str(Path(__file__).parents[1])
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE, str(theirs.fileno()), root],
+            [sys.executable, "-c", ZYGOTE, str(theirs.fileno()), root, first],
             pass_fds=(theirs.fileno(),),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         )
         theirs.close()
 
@@ -133,8 +136,8 @@ class Zygote:
 
 
 @contextmanager
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
+def zygote(first: str = "", **environment: str) -> Iterator[Zygote]:
+    started = Zygote(first, **environment)
     try:
         yield started
     finally:

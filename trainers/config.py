@@ -39,6 +39,9 @@ class Hyperparams:
     """What is kept in the host's memory and not in the GPU's: none, optimizer, or parameters (and the optimizer; ZeRO-3)."""
     gradient_checkpointing: Optional[bool] = None
     """A layer keeps its input only and is computed again for the backward pass. None: no."""
+    use_liger_kernel: Optional[bool] = None
+    """Liger's kernels instead of torch's on GPUs (`trainers.child.kernels`). None: where they are installed and compute the same;
+    True: so too, and where not, the log says why."""
     seed: int = 42
     max_steps: Optional[int] = None
     eval_steps: Optional[int] = None

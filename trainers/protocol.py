@@ -9,7 +9,8 @@ worker → child
 child → worker
     hello     {pid, python, torch, transformers, peft, packages?}     imports are done
     progress  {what, done, total}                        rows, of a long pass before the first step
-    ready     {steps, epochs, start_step, trainable_parameters, parameters, tokens_per_epoch, rows, threads, precision}
+    ready     {steps, epochs, start_step, trainable_parameters, parameters, tokens_per_epoch, rows, threads, precision,
+               kernels: torch|liger, worlds}
     evaluated {step, when: before|during|after, loss, exact_match?, rows, samples?: [{prompt, expected, answer}]}
     step      {step, epoch, loss, lr, grad_norm, tokens, seconds}
     checkpoint{step, path, bytes, sha256: {file: hex}, metrics}       complete on disk under `path`

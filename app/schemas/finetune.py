@@ -54,6 +54,9 @@ class Hyperparams(RequestBody):
     gradient_checkpointing: bool | None = Field(
         None, description="Computes layers twice to keep less. Left out: where it would not fit otherwise."
     )
+    use_liger_kernel: bool | None = Field(
+        None, description="Liger's kernels, on GPUs. Left out: where they are installed and compute the same."
+    )
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     eval_steps: int | None = Field(None, ge=1, le=10_000_000)

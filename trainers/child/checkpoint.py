@@ -63,6 +63,7 @@ class Store:
     world: World
     identity: str
     precision: str
+    kernels: str
     journal: Journal = field(default_factory=Journal)
 
     @property
@@ -82,8 +83,9 @@ class Store:
             torch.save(random_states, temporary / RANDOM_FILE)
             save_model(model, temporary, weights)
             self.journal.write(temporary)
-            made_by = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
-            state = {**made_by, **asdict(position)}
+            made_by = {"format": FORMAT, "identity": self.identity}
+            chosen = {"precision": self.precision, "kernels": self.kernels}
+            state = {**made_by, **chosen, **asdict(position)}
             (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         self.world.barrier()
         return None if temporary is None else lambda: _named(position.step, temporary, target)
@@ -134,7 +136,9 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-_NO_NUMBERS = ("micro_batch_size", "zero_stage", "offload", "gradient_checkpointing", "load_best_model_at_end")
+_NO_NUMBERS = (
+    "micro_batch_size", "zero_stage", "offload", "gradient_checkpointing", "use_liger_kernel", "load_best_model_at_end",
+)  # fmt: skip
 """Hyperparameters that change rounding at most, or only what is kept."""
 
 

@@ -29,12 +29,14 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """`precision`: bf16 or fp32, as resolved. `template_added`: the base had no chat template and got ChatML."""
+    """`precision`: bf16 or fp32, as resolved. `template_added`: the base had no chat template and got ChatML. `kernels`: whose
+    norms, gated feed-forward layers and rotary embeddings it has, torch or liger (`trainers.child.kernels`)."""
 
     model: Any
     tokenizer: Any
     precision: str
     template_added: bool
+    kernels: str = "torch"
 
     @property
     def context(self) -> int | None:
@@ -49,7 +51,7 @@ def resolve_precision(config: TrainConfig) -> str:
     """A run that resumes on slots of another kind keeps the precision that it began with."""
     if config.precision != "auto":
         return config.precision
-    if (begun := _begun_with(config)) is not None:
+    if (begun := begun_with(config, "precision")) is not None:
         return begun
     if config.devices == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
@@ -57,15 +59,15 @@ def resolve_precision(config: TrainConfig) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def _begun_with(config: TrainConfig) -> str | None:
-    """None where there is no checkpoint, or none that can be read; who resumes from that says so."""
+def begun_with(config: TrainConfig, what: str) -> str | None:
+    """What its checkpoint says. None where there is no checkpoint, or none that can be read; who resumes from that says so."""
     if config.resume_from is None:
         return None
     try:
         state = json.loads((Path(config.resume_from) / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return state.get("precision") if isinstance(state, dict) else None
+    return state.get(what) if isinstance(state, dict) else None
 
 
 def load(config: TrainConfig, device: str) -> Loaded:

@@ -112,7 +112,7 @@ class Session:
         config = self.place.config
         require_forms(config)
         identity = identity_of(config, self.loaded.precision)
-        self.store = Store(config, self.place.world, identity, self.loaded.precision)
+        self.store = Store(config, self.place.world, identity, self.loaded.precision, self.loaded.kernels)
         self.position = self.position.continued_by(self.place.world.size)
         if config.resume_from:
             self.position = self.store.read(Path(config.resume_from), self.engine)
@@ -302,6 +302,7 @@ class Session:
             rows=facts.rows,
             threads=torch.get_num_threads(),
             precision=self.loaded.precision,
+            kernels=self.loaded.kernels,
             worlds=self.position.worlds,
         )
         control.state = "training"

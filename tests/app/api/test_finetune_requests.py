@@ -266,11 +266,9 @@ def test_what_saves_memory_is_chosen_where_it_must_be_or_as_it_is_asked_for(api:
 
 
 def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None:
-    asked = {"early_stopping_patience": 2, "n_checkpoints": 3, "packing": False, "rslora": True}
-    hyperparams = estimated(acme, validation_split=0.25, hyperparams=asked)["hyperparams"]
-    assert {name: hyperparams[name] for name in ("early_stopping_patience", "n_checkpoints", "packing")} == {
-        "early_stopping_patience": 2, "n_checkpoints": 3, "packing": False,
-    }  # fmt: skip
+    asked = {"early_stopping_patience": 2, "n_checkpoints": 3, "packing": False, "use_liger_kernel": False}
+    hyperparams = estimated(acme, validation_split=0.25, hyperparams={**asked, "rslora": True})["hyperparams"]
+    assert {name: hyperparams[name] for name in asked} == asked
     assert hyperparams["use_rslora"] is True and hyperparams["validation_split"] == 0.25
 
 

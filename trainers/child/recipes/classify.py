@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
+from trainers.child.kernels import fuse
 from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_classifier, names_of
 from trainers.child.loss import sent
 from trainers.child.memory import MemoryLimit
@@ -38,6 +39,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     classifier = Classifier(loaded.model, loaded.tokenizer.pad_token_id)
     classifier.train()
     engine = make_engine(classifier, config, world, micro)
+    loaded = fuse(loaded, config, world, control)
     torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
 
     trainer = _Trainer(classifier, engine, data.examples, plan, world, MicroBatch(micro))

@@ -12,6 +12,7 @@ import torch
 from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
+from trainers.child.kernels import fuse
 from trainers.child.loss import SummedLoss, sent
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
@@ -37,6 +38,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     micro = micro_batch_size(hyper, world.size, 2 * data.max_seq_len)
     engine = WithReference(make_engine(loss, config, world, micro))
     short = data.max_seq_len <= PACKED_TOKENS  # a longer sequence would spend its time on what the mask throws away
+    loaded = fuse(loaded, config, world, control)
     loss.find_shortcuts(packing=hyper.packing if short else False, max_seq_len=data.max_seq_len)
     config = replace(config, hyperparams=replace(hyper, packing=loss.packs))
     if loss.packs:

@@ -12,6 +12,7 @@ from trainers.child.control import Control
 from trainers.child.data import Encoded, Example, Plan, encode, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
 from trainers.child.evaluate import Evaluator, make_validation
+from trainers.child.kernels import fuse
 from trainers.child.loss import SummedLoss
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
@@ -36,6 +37,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
 
     loss = SummedLoss(loaded.model)
     engine = make_engine(loss, config, world, micro)
+    loaded = fuse(loaded, config, world, control)
     loss.find_shortcuts(packing=config.hyperparams.packing, max_seq_len=data.max_seq_len)
     if config.hyperparams.packing and not loss.packs:
         warn(control, "Rows are not packed: this architecture does not give the same numbers that way.")
