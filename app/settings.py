@@ -94,8 +94,9 @@ class SchedulerTimes(BaseModel):
     """A turn's least length before a job can lose its slots to one that deserves them more."""
     min_run_s: float = Field(120.0, ge=0)
     """Nobody is stopped earlier, not even for an urgent job."""
-    look_s: float = Field(15.0, gt=0)
-    """While anybody waits, it is looked so often at what runners deserve, which falls as they run."""
+    look_s: float = Field(300.0, gt=0)
+    """While anybody waits, it is looked so often at what runners deserve, which falls as they run. Less is kinder to newcomers on a
+    few slots; on a public trace of 64 nodes 60 gave a third more switches and 1 % longer jobs than 300."""
     park_max_s: float = Field(1800.0, ge=0)
     """A job that has been parked so long writes a checkpoint and ends, so that it can go on elsewhere."""
     reserve_after_s: float = Field(300.0, ge=0)
