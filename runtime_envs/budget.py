@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_envs.conda.fetch import DOWNLOADS
-from runtime_envs.conda.prefix import Linked, read_prefix
+from runtime_envs.conda.prefix import Pair, cache_key, packages_of, stem
 from runtime_envs.fingerprint import FINGERPRINT
 from runtime_envs.flock import held
 from runtime_envs.materialize import caches_lock, lock_file
 from runtime_envs.usage import disk_bytes, in_use
-from runtime_envs.verify import PREFIX, READY, is_ready
+from runtime_envs.verify import READY, is_ready
 
 GRACE_S = 600.0
 """What was asked for so lately may be about to start."""
@@ -80,17 +80,17 @@ def prune(root: Path) -> None:
         with held(caches_lock(root), timeout_s=0):
             shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
             used = _used_packages(root)
-            _remove_others(root / "pkgs", {package.cached.name for package in used})
-            keys = {package.key for package in used}
+            _remove_others(root / "pkgs", {stem(filename) for filename, _ in used})
+            keys = {cache_key(package) for package in used}
             for minor in (root / "bytecode").glob("*"):
                 _remove_others(minor, keys)
     except TimeoutError:
         return
 
 
-def _used_packages(root: Path) -> list[Linked]:
+def _used_packages(root: Path) -> set[Pair]:
     homes = [home for home in (root / "envs").glob("*") if is_ready(home)]  # others are made anew in any case
-    return [package for home in homes for package in read_prefix(home / PREFIX)]
+    return {package for home in homes for package in packages_of(home)}
 
 
 def _remove_others(folder: Path, kept: Collection[str]) -> None:

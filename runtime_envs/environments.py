@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime_envs.adopt import META
 from runtime_envs.budget import Budget, keep, remove
 from runtime_envs.bundles.on_node import Fetch, no_storage
 from runtime_envs.conda.bases import conda_bases
@@ -110,7 +111,8 @@ class Environments:
             lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
         except (OSError, ValueError) as error:  # nothing here knows any more what it is made of
             raise damaged_problem(home, [LOCK, *damaged]) from error
-        if not is_conda(lock) or MANIFEST in damaged:
+        told_wrong = any(name == MANIFEST or name.startswith(f"{META}/") for name in damaged)
+        if not is_conda(lock) or told_wrong:  # of what would be put back
             return self._again(fingerprint, lock, damaged)
         try:
             with held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True):

@@ -131,10 +131,3 @@ def site_packages(prefix: Path) -> Path:
 
 def python_of(prefix: Path) -> Path:
     return prefix / "bin" / "python"
-
-
-def seal(prefix: Path) -> tuple[str, ...]:
-    """What makes the prefix a prefix. Compared before and after an install: a wheel can bring any file."""
-    config = (prefix / "pyvenv.cfg").read_text(encoding="utf-8")
-    platform_paths = (site_packages(prefix) / PLATFORM_PTH).read_text(encoding="utf-8")
-    return config, platform_paths, str(python_of(prefix).resolve())

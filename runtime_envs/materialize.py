@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime_envs.adopt import adopt
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage
 from runtime_envs.errors import BUILD_FAILED, DAMAGED, DISK_FULL, EnvironmentProblem
 from runtime_envs.fingerprint import FINGERPRINT, identity
 from runtime_envs.flock import held
-from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, seal, site_packages
+from runtime_envs.host import HostBase, load_host_base, make_prefix, python_of, site_packages
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.lock import Lock, LockedPackage, check_base, read_lock
 from runtime_envs.uv import READABLE_UMASK, run_uv
@@ -31,6 +32,7 @@ from runtime_envs.verify import MANIFEST, PREFIX, READY, build_manifest, is_read
 LOCK_TIMEOUT_S = 1800.0
 COMPILE_TIMEOUT_S = 900.0
 LOCK = "lock.json"
+STAGED = "wheels"
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 
@@ -92,12 +94,11 @@ class HostEnvironments:
         home.parent.chmod(0o755)
         make_prefix(prefix, base)
         if lock.pip:
-            before = seal(prefix)
             fetch_bundled(lock, home, self._fetch)
             index = index_on(home, lock, self._index or machine_index())
-            install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
-            _check_seal(prefix, before)
-            _compile(prefix, lock_fd)
+            staged = install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
+            _compile(staged, lock_fd)
+            adopt(staged, prefix)
         make_readable(home)
         write_durably(home / LOCK, lock.model_dump_json())
         write_durably(home / MANIFEST, packed(json.dumps(build_manifest(prefix)).encode()))
@@ -113,19 +114,23 @@ class WheelPlaces:
     lock_fd: int
 
 
-def install_wheels(packages: Sequence[LockedPackage], prefix: Path, places: WheelPlaces) -> None:
-    """uv asks the prefix's Python who it is: nothing of a tenant may be in the prefix yet."""
+def install_wheels(packages: Sequence[LockedPackage], prefix: Path, places: WheelPlaces) -> Path:
+    """The folder beside the prefix that holds what `adopt` moves into it. uv asks the prefix's Python who it is: nothing of a
+    tenant may be in the prefix yet."""
+    staged = prefix.with_name(STAGED)
     pins = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}" for package in packages]
     with tempfile.TemporaryDirectory(prefix="install-", dir=prefix.parent) as folder:
         scratch = Path(folder)
         (scratch / "requirements.txt").write_text("\n".join([*places.index.lines(), *pins]) + "\n", encoding="utf-8")
         result = run_uv(
             ["pip", "install", "--requirement", "requirements.txt", "--require-hashes", "--no-deps", "--no-build",
-             "--python", str(python_of(prefix)), "--link-mode", "hardlink", "--cache-dir", str(places.cache)],
+             "--python", str(python_of(prefix)), "--prefix", str(staged),
+             "--link-mode", "hardlink", "--cache-dir", str(places.cache)],
             places.index, scratch=scratch, keep_fd=places.lock_fd,
         )  # fmt: skip
     if result.returncode != 0:
         raise build_failed(result.message[:3000])
+    return staged
 
 
 def environment_folder(root: Path, fingerprint: str) -> Path:
@@ -144,25 +149,13 @@ def caches_lock(root: Path) -> Path:
     return root / "locks" / "caches.lock"
 
 
-def _check_seal(prefix: Path, before: tuple[str, ...]) -> None:
-    try:
-        kept = seal(prefix) == before
-    except (OSError, UnicodeDecodeError):
-        kept = False
-    if not kept:
-        raise EnvironmentProblem(
-            BUILD_FAILED, "A package of this environment writes over the environment's own Python or settings.",
-            hint="Leave out the package that brings files such as `pyvenv.cfg` or `bin/python`.",
-        )  # fmt: skip
-
-
-def _compile(prefix: Path, lock_fd: int) -> None:
+def _compile(staged: Path, lock_fd: int) -> None:
     """Byte code beforehand: the first import then costs a third. Made by the platform's interpreter without `site`: the
     prefix's own would run the tenant's .pth files outside of the sandbox. A file that does not compile is no failure.
     """
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-q", str(site_packages(prefix))],
+            [sys.executable, "-I", "-S", "-m", "compileall", "-q", "-q", str(site_packages(staged))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from runtime_envs.channels.package import MTIME_S, PLACEHOLDER, Entry
-from runtime_envs.conda.bytecode import PROCESS, byte_code_name
+from runtime_envs.conda.bytecode import PROCESS, byte_code_name, question_of
 
 
 def with_byte_code(entries: Iterable[Entry], python: Path, tag: str) -> Iterator[Entry]:
@@ -37,5 +37,4 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _compile(pairs: list[tuple[Path, Path]], python: Path) -> None:
-    lines = "".join(f"{source}\t{target}\n" for source, target in pairs)
-    subprocess.run([python, "-I", "-S", PROCESS], input=lines, text=True, check=True, capture_output=True)
+    subprocess.run([python, "-I", "-S", PROCESS], input=question_of(pairs), text=True, check=True, capture_output=True)

@@ -107,9 +107,14 @@ def compile_files(pairs: Sequence[tuple[Path, Path]], compiler: Compiler) -> Non
             process.wait()
 
 
+def question_of(pairs: Sequence[tuple[Path, Path]]) -> str:
+    """For `PROCESS`."""
+    return json.dumps([(str(source), str(target)) for source, target in pairs])
+
+
 def _start(pairs: Sequence[tuple[Path, Path]], compiler: Compiler) -> subprocess.Popen[bytes]:
     with tempfile.TemporaryFile("w+") as question:
-        question.writelines(f"{source}\t{target}\n" for source, target in pairs)
+        question.write(question_of(pairs))
         question.seek(0)
         return subprocess.Popen(
             [compiler.python, "-I", "-S", PROCESS],

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import Any
 import orjson
 
 from runtime_envs.conda.bytecode import INDEX
-from runtime_envs.conda.lock import CondaLock
+from runtime_envs.conda.lock import CondaLock, LockedConda
 from runtime_envs.conda.manifest import Manifest
-from runtime_envs.conda.prefix import Linked, meta_name, read_prefix
+from runtime_envs.conda.prefix import Linked, Pair, meta_name, packages_of, read_prefix
 from runtime_envs.flock import held
-from runtime_envs.materialize import LOCK, lock_file
+from runtime_envs.materialize import lock_file
 from runtime_envs.uv import READABLE_UMASK
 from runtime_envs.verify import PREFIX, is_ready, read_manifest
 
@@ -79,7 +79,9 @@ class Source:
 def read_source(home: Path, byte_code: Path, lock: CondaLock, lock_fd: int) -> Source:
     """Raises NotAlike, OSError, ValueError, KeyError for what cannot be one."""
     manifest = Manifest(**orjson.loads(read_manifest(home)))
-    packages = {package.name: package for package in _in_common(read_prefix(home / PREFIX), set(_pairs(lock)))}
+    packages = {
+        package.name: package for package in _in_common(read_prefix(home, packages_of(home)), set(pairs(lock.conda)))
+    }
     if PYTHON not in packages:
         raise NotAlike(PYTHON)
     return Source(home / PREFIX, byte_code, lock_fd, manifest, packages)
@@ -88,7 +90,7 @@ def read_source(home: Path, byte_code: Path, lock: CondaLock, lock_fd: int) -> S
 @contextmanager
 def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
     """The environment that has most of the lock's packages, with the same interpreter. Nobody removes or repairs it meanwhile."""
-    wanted = _pairs(lock)
+    wanted = pairs(lock.conda)
     (python,) = (pair for package, pair in zip(lock.conda, wanted, strict=True) if package.name == PYTHON)
     there = {home: _packages_of(home) for home in (root / "envs").glob("*")}
     alike = {home: len(packages.intersection(wanted)) for home, packages in there.items() if python in packages}
@@ -97,14 +99,13 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
         yield next((home for home in likest_first if _hold(stack, root, home)), None)
 
 
-def _pairs(lock: CondaLock) -> list[tuple[str, str]]:
-    return [(package.filename, package.sha256) for package in lock.conda]
+def pairs(packages: Iterable[LockedConda]) -> list[Pair]:
+    return [(package.filename, package.sha256) for package in packages]
 
 
-def _packages_of(home: Path) -> set[tuple[str, str]]:
+def _packages_of(home: Path) -> set[Pair]:
     try:
-        lock = orjson.loads((home / LOCK).read_bytes())
-        return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
+        return packages_of(home)
     except (OSError, ValueError):
         return set()  # unfinished, or being removed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,6 @@ def describe(prefix: Path, names: Iterable[str], known: Mapping[str, str]) -> Ma
         _make_readable(path, status.st_mode)
         part.files[name] = [status.st_size, status.st_mtime_ns, known.get(name) or sha256_of(Path(path))]
     return part
-
-
-def names_in(prefix: Path) -> Iterator[str]:
-    """Of all files and symbolic links; the folders become readable."""
-    start = len(str(prefix)) + 1
-    folders = [str(prefix)]
-    while folders:
-        folder = folders.pop()
-        _make_readable(folder, Path(folder).stat().st_mode)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    yield entry.path[start:]
 
 
 def _make_readable(path: str, mode: int) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Any
 
 import orjson
 
+from runtime_envs.adopt import META, adopt
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
-from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_winners, nearest, read_source
+from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_winners, nearest, pairs, read_source
 from runtime_envs.conda.engine import Engine
 from runtime_envs.conda.fetch import fetch_packages
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
-from runtime_envs.conda.manifest import Manifest, describe, names_in
-from runtime_envs.conda.prefix import META, Linked, forget_prefix, read_prefix
+from runtime_envs.conda.manifest import Manifest, describe
+from runtime_envs.conda.prefix import Linked, forget_prefix, read_prefix
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
 from runtime_envs.fingerprint import identity
 from runtime_envs.flock import held
@@ -42,7 +43,7 @@ from runtime_envs.materialize import (
     lock_file,
     write_durably,
 )
-from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, packed, quick_verify, sha256_of, walk
+from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, names_in, packed, quick_verify, sha256_of
 
 PIXI_LOCK = "pixi.lock"
 TELL_EVERY_S = 10.0
@@ -144,9 +145,11 @@ class CondaEnvironments:
 
     def _fill(self, site: _Site, like: Path | None, engine: Engine) -> None:
         """The prefix and its manifest. What the installer links comes before most of what is cloned: it would write into files
-        that are shared. Raises NotAlike, OSError, EnvironmentProblem."""
+        that are shared; what wheels bring comes last, when nobody else writes or reads what the prefix says of itself. Raises
+        NotAlike, OSError, EnvironmentProblem."""
         self._clear(site)
         source: Source | None = None
+        staged: Path | None = None
         taken = Manifest({}, {})
         if like:
             with site.watch.stage("clone"):
@@ -157,21 +160,23 @@ class CondaEnvironments:
         if site.lock.pip:
             with site.watch.stage("pip"):
                 index = index_on(site.home, site.lock, self._index or machine_index())
-                install_wheels(site.lock.pip, site.prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
+                places = WheelPlaces(index, self._root / "uv-cache", site.lock_fd)
+                staged = install_wheels(site.lock.pip, site.prefix, places)
         kept = source.packages if source else {}
         if others := [package.name for package in site.lock.conda if package.name not in kept]:
             self._install(site, engine, [PYTHON, *others])
-        own = [package for package in read_prefix(site.prefix, kept.values()) if package.name not in kept]
+        own = [package for package in _read(site, kept) if package.name not in kept]
         packages = [*own, *kept.values()]
         _check_interpreter(site, packages, taken)
         if source:
             check_winners(packages, lambda: _order(site, engine))
         with site.watch.stage("byte_code"):
-            hashes = self._compile(site, packages, own)
+            hashes = self._compile(site, packages, own, staged)
         with self._cloning(site, source) as rest, site.watch.stage("manifest"):
-            described = _describe(site, own, hashes, taken | rest)
+            described = _describe(site, own, hashes, taken)
         with site.watch.stage("manifest"):
-            write_durably(site.home / MANIFEST, packed(orjson.dumps(described | taken | rest)))
+            wheels = describe(site.prefix, adopt(staged, site.prefix) if staged else (), {})
+            write_durably(site.home / MANIFEST, packed(orjson.dumps(described | taken | rest | wheels)))
 
     @contextmanager
     def _cloning(self, site: _Site, source: Source | None) -> Iterator[Manifest]:
@@ -214,15 +219,16 @@ class CondaEnvironments:
         stages["download"] = stages.get("download", 0.0) + fetched - started
         stages["link"] = stages.get("link", 0.0) + time.monotonic() - fetched
 
-    def _compile(self, site: _Site, packages: Sequence[Linked], own: Sequence[Linked]) -> Hashes:
-        """Of `own`: what is cloned has its byte code."""
+    def _compile(self, site: _Site, packages: Sequence[Linked], own: Sequence[Linked], staged: Path | None) -> Hashes:
+        """Of `own`: what is cloned has its byte code. And of wheels, before they come where a package's links may lie."""
         python = next(package for package in packages if package.name == "python")
         interpreter = python.cached / "bin" / f"python{site.lock.minor}"
         compiler = Compiler(interpreter, self._byte_code(site), site.lock_fd)
         hashes = link_byte_code(site.prefix, own, compiler)
-        if site.lock.pip:
-            known = {name for package in packages for name in package.files}
-            compile_files(list(_uncompiled(site.prefix, known, compiler.tag)), compiler)
+        if staged:
+            sources = [name for name in names_in(staged / "lib") if name.endswith(".py")]
+            lib = staged / "lib"
+            compile_files([(lib / name, lib / byte_code_name(name, compiler.tag)) for name in sources], compiler)
         return hashes
 
     def _byte_code(self, site: _Site) -> Path:
@@ -239,6 +245,21 @@ class CondaEnvironments:
                 )  # fmt: skip
 
 
+def _read(site: _Site, cloned_later: Collection[str]) -> list[Linked]:
+    there = [package for package in site.lock.conda if package.name == PYTHON or package.name not in cloned_later]
+    try:
+        return read_prefix(site.home, pairs(there))
+    except (ValueError, KeyError) as error:
+        raise _writes_over(f"what the installer says of it ({error})") from None
+
+
+def _writes_over(what: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        BUILD_FAILED, f"A package of this environment writes over {what}.",
+        hint="Leave out the package that brings this file.",
+    )  # fmt: skip
+
+
 def _order(site: _Site, engine: Engine) -> list[str]:
     names: list[str] = engine.ask({"task": "order", "lock": str(site.home / PIXI_LOCK)})["names"]
     return names
@@ -251,24 +272,18 @@ def _check_interpreter(site: _Site, packages: Sequence[Linked], taken: Manifest)
     file = python.files.get(name)  # the installer moves a file aside that another package brings too
     expected = taken.files[name][2] if name in taken.files else file and file.sha256
     if file is None or sha256_of(site.prefix / name) != expected:
-        raise EnvironmentProblem(
-            BUILD_FAILED, f"A package of this environment writes over the environment's own Python ({name}).",
-            hint="Leave out the package that brings this file.",
-        )  # fmt: skip
+        raise _writes_over(f"the environment's own Python ({name})")
 
 
 def _describe(site: _Site, own: Sequence[Linked], byte_code: Hashes, taken: Manifest) -> Manifest:
-    """All but `taken`, what is cloned; only pip brings files that nobody has listed."""
+    """All but `taken`, what is cloned."""
     known = {name: file.sha256 for p in own for name, file in p.files.items() if file.sha256} | byte_code
     for package in own:
         forget_prefix(site.prefix, package)
     (site.prefix / META / "history").touch()
     (site.prefix / "CACHEDIR.TAG").unlink(missing_ok=True)  # the installer's word to backups
-    if site.lock.pip:
-        names = set(names_in(site.prefix)) - taken.files.keys() - taken.links.keys()
-    else:
-        names = {name for package in own for name in package.names} | known.keys() | set(_installers(site.prefix))
-        names -= taken.files.keys()
+    names = {name for package in own for name in package.names} | known.keys() | set(_installers(site.prefix))
+    names -= taken.files.keys()
     return describe(site.prefix, names, known)
 
 
@@ -276,11 +291,3 @@ def _installers(prefix: Path) -> Iterator[str]:
     """Files of the installer's own."""
     for folder in (prefix, prefix / META):
         yield from (path.relative_to(prefix).as_posix() for path in folder.iterdir() if path.is_file())
-
-
-def _uncompiled(prefix: Path, known: set[str], tag: str) -> Iterator[tuple[Path, Path]]:
-    """What pip brought."""
-    for path in walk(prefix / "lib"):
-        name = path.relative_to(prefix).as_posix()
-        if name.endswith(".py") and name not in known and not path.is_symlink():
-            yield path, prefix / byte_code_name(name, tag)

@@ -1,4 +1,4 @@
-"""What the installer says of a prefix: its packages and their files, read from `conda-meta`."""
+"""What the installer says of a prefix: its packages and their files, read from `conda-meta` and held against the lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 
 import orjson
 
-META = "conda-meta"
+from runtime_envs.adopt import META
+from runtime_envs.materialize import LOCK
+from runtime_envs.verify import PREFIX
+
+Pair = tuple[str, str]
+"""Of a package: file name and SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Linked:
 
     @property
     def key(self) -> str:
-        """For caches: unlike the folder's name it tells two builds of one name apart."""
-        return f"{self.cached.name}-{self.sha256[:12]}"
+        return cache_key((self.filename, self.sha256))
 
     @cached_property
     def files(self) -> dict[str, LinkedFile]:
@@ -62,14 +66,47 @@ class Linked:
 
 def meta_name(filename: str) -> str:
     """Where the prefix says what the package `filename` is made of."""
-    return f"{META}/{filename.removesuffix('.conda').removesuffix('.tar.bz2')}.json"
+    return f"{META}/{stem(filename)}.json"
 
 
-def read_prefix(prefix: Path, known: Collection[Linked] = ()) -> list[Linked]:
-    """In the order of names; `known` need not be read. Raises OSError, ValueError and KeyError for what is not a prefix."""
-    there = {Path(meta_name(package.filename)).name: package for package in known}
-    names = sorted(path.name for path in (prefix / META).glob("*.json"))
-    return [there.get(name) or _package(orjson.loads((prefix / META / name).read_bytes())) for name in names]
+def stem(filename: str) -> str:
+    """Its folder in the package cache."""
+    return filename.removesuffix(".conda").removesuffix(".tar.bz2")
+
+
+def cache_key(package: Pair) -> str:
+    """For caches: unlike the folder's name it tells two builds of one name apart."""
+    return f"{stem(package[0])}-{package[1][:12]}"
+
+
+def packages_of(home: Path) -> set[Pair]:
+    """The conda packages of an environment that is ready, by its lock. Raises OSError and ValueError where there is none."""
+    lock = orjson.loads((home / LOCK).read_bytes())
+    return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
+
+
+def read_prefix(home: Path, packages: Collection[Pair]) -> list[Linked]:
+    """In the order of names; `packages`: all that must be there, and no other. Raises OSError, ValueError and KeyError for what is
+    not a prefix of them: a file in it may have been written by somebody else than the installer."""
+    folder = home / PREFIX / META
+    expected = {Path(meta_name(package[0])).name: package for package in packages}
+    names = sorted(path.name for path in folder.glob("*.json"))
+    if names != sorted(expected):
+        raise ValueError(f"{META} names other packages than the lock")
+    return [_checked(folder / name, expected[name], home.parents[1] / "pkgs") for name in names]
+
+
+def _checked(file: Path, expected: Pair, cache: Path) -> Linked:
+    package = _package(orjson.loads(file.read_bytes()))
+    ours = (package.filename, package.sha256) == expected and package.cached == cache / stem(expected[0])
+    if not ours or not all(map(_is_inside, package.names)):
+        raise ValueError(f"{META}/{file.name} is not what the installer writes")
+    return package
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] not in ("", META) and ".." not in parts
 
 
 def forget_prefix(prefix: Path, package: Linked) -> None:

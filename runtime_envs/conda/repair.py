@@ -14,7 +14,7 @@ import orjson
 
 from runtime_envs.conda.bytecode import INDEX, TREE, Compiler, byte_code_name, compile_files
 from runtime_envs.conda.engine import ask
-from runtime_envs.conda.prefix import Linked, read_prefix
+from runtime_envs.conda.prefix import Linked, packages_of, read_prefix
 from runtime_envs.materialize import write_durably
 from runtime_envs.verify import MANIFEST, PREFIX, is_ready, packed, read_manifest, sha256_of
 
@@ -45,7 +45,7 @@ class Repaired:
 def repair_files(site: Site, damaged: Sequence[str]) -> Repaired:
     """Fetches packages again only when their cached files are damaged too. Raises EnvironmentProblem
     (`environment_channel_failed`)."""
-    packages = read_prefix(site.prefix)
+    packages = read_prefix(site.home, packages_of(site.home))
     manifest = _manifest(site.home)
     extra = [name for name in damaged if name not in manifest["files"] and name not in manifest["links"]]
     for name in extra:
@@ -127,7 +127,7 @@ def _replace_everywhere(site: Site, what: tuple[str, Linked], good: Path) -> set
 
 def _sharing(root: Path, package: Linked) -> Iterable[Path]:
     for home in (root / "envs").glob("*"):
-        if is_ready(home) and any(one.key == package.key for one in read_prefix(home / PREFIX)):
+        if is_ready(home) and (package.filename, package.sha256) in packages_of(home):
             yield home
 
 
@@ -185,7 +185,7 @@ def _minor(packages: Sequence[Linked]) -> str:
 def _compile_again(site: Site, package: Linked, what: tuple[str, str]) -> set[str]:
     """Byte code differs from run to run, so the manifests and the cache's index learn the new one."""
     name, source = what
-    packages = read_prefix(site.prefix)
+    packages = read_prefix(site.home, packages_of(site.home))
     python = next(one for one in packages if one.name == "python")
     minor = _minor(packages)
     compiler = Compiler(python.cached / "bin" / f"python{minor}", site.root / "bytecode" / minor, site.lock_fd)
