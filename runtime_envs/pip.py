@@ -28,14 +28,15 @@ MAX_REASON_CHARS = 3000
 
 @dataclass(frozen=True)
 class Resolved:
-    """`filename`, `sha256` and `url` (where it was found, without a password) of the wheel for this platform; empty for what
-    the base has."""
+    """`filename`, `sha256`, `url` (where it was found, without a password) and `size` in bytes (None: nobody tells) of the wheel
+    for this platform; empty for what the base has."""
 
     name: str
     version: str
     filename: str
     sha256: str
     url: str = ""
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class PipSolution:
 
     packages: tuple[Resolved, ...]
     provided: dict[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file name."""
+        return {package.filename: package.size for package in self.packages if package.size is not None}
 
 
 def solve_pip(wanted: Sequence[Dependency], base: HostBase, index: PipIndex) -> PipSolution:
@@ -102,7 +108,22 @@ def _resolved(package: dict[str, Any], tags: Sequence[Tag]) -> Resolved:
             UNSOLVABLE, f"{package['name']} {package['version']} has no wheel with a SHA-256 for this platform.",
             hint="Choose another version; packages are not built from source here.",
         )  # fmt: skip
-    return Resolved(package["name"], package["version"], best[1], best[2]["hashes"]["sha256"], _url(best[2], best[1]))
+    _, filename, wheel = best
+    return Resolved(
+        package["name"],
+        package["version"],
+        filename,
+        wheel["hashes"]["sha256"],
+        _url(wheel, filename),
+        wheel.get("size") or _size_here(wheel),
+    )
+
+
+def _size_here(wheel: dict[str, Any]) -> int | None:
+    """Of a folder's wheels uv tells no size."""
+    place = urlsplit(wheel.get("url") or "")
+    file = Path(unquote(place.path))
+    return file.stat().st_size if place.scheme == "file" and file.is_file() else None
 
 
 def _url(wheel: dict[str, Any], filename: str) -> str:

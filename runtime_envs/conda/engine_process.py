@@ -22,6 +22,7 @@ from rattler import (
     LockChannel,
     LockFile,
     LockPlatform,
+    MatchSpec,
     PackageCache,
     PackageCacheLayer,
     PackageRecord,
@@ -117,7 +118,7 @@ async def _solved(
 ) -> list[RepoDataRecord]:
     records = await solve(
         sources=question["channels"],
-        specs=specs,
+        specs=[_parsed(spec) for spec in specs],
         gateway=gateway,
         platforms=[PLATFORM, "noarch"],
         virtual_packages=VirtualPackage.detect(),
@@ -125,6 +126,13 @@ async def _solved(
         locked_packages=base,
     )
     return sorted(records, key=lambda record: record.name.normalized)
+
+
+def _parsed(spec: str) -> MatchSpec:
+    try:
+        return MatchSpec(spec)
+    except InvalidMatchSpecError as error:
+        raise InvalidMatchSpecError(f"{spec}: {error}") from None
 
 
 def _records(lock: str) -> list[RepoDataRecord]:
@@ -151,6 +159,7 @@ def _described(record: RepoDataRecord) -> dict[str, Any]:
         "build": str(record.build),
         "subdir": record.subdir,
         "filename": record.file_name,
+        "url": record.url,
         "sha256": record.sha256.hex() if record.sha256 else None,
         "size": record.size,
         "python": record.noarch.python or any(need.split()[0] == "python" for need in record.depends),
