@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from rattler import (
+    BuildString,
     Client,
     Gateway,
+    GenericVirtualPackage,
     InstallerReporter,
     LockChannel,
     LockFile,
@@ -25,9 +27,10 @@ from rattler import (
     MatchSpec,
     PackageCache,
     PackageCacheLayer,
+    PackageName,
     PackageRecord,
     RepoDataRecord,
-    VirtualPackage,
+    Version,
     install,
     solve,
 )
@@ -71,7 +74,8 @@ def say(**line: Any) -> None:
 
 async def solve_specs(question: dict[str, Any]) -> dict[str, Any]:
     """The first of the `alternatives` (lists of specs) that has a solution; the error is the first one's. `base_lock`: its
-    records are preferred, those named in `pinned` cannot move. Writes the lock `out`."""
+    records are preferred, those named in `pinned` cannot move. `virtual_packages` are what the nodes have, by name. Writes the
+    lock `out`."""
     cache = Path(question["cache"])
     try:
         number, records = await _first_solved(question, Channels.of(cache))
@@ -121,7 +125,7 @@ async def _solved(
         specs=[_parsed(spec) for spec in specs],
         gateway=gateway,
         platforms=[PLATFORM, "noarch"],
-        virtual_packages=VirtualPackage.detect(),
+        virtual_packages=[_virtual(*one) for one in question["virtual_packages"].items()],
         pinned_packages=[record for record in base if record.name.normalized in question["pinned"]],
         locked_packages=base,
     )
@@ -133,6 +137,11 @@ def _parsed(spec: str) -> MatchSpec:
         return MatchSpec(spec)
     except InvalidMatchSpecError as error:
         raise InvalidMatchSpecError(f"{spec}: {error}") from None
+
+
+def _virtual(name: str, text: str) -> GenericVirtualPackage:
+    version, _, build = text.partition("=")
+    return GenericVirtualPackage(PackageName(name), Version(version), BuildString(build or "0"))
 
 
 def _records(lock: str) -> list[RepoDataRecord]:

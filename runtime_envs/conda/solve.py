@@ -53,7 +53,7 @@ def solve_conda(spec: EnvironmentSpec, places: CondaPlaces) -> Solved:
         out = Path(folder) / "pixi.lock"
         question = {"alternatives": [specs], "base_lock": str(base_lock), "pinned": sorted(base.core_names)}
         try:
-            answer = ask_again(_solve_task(channels, places) | question | {"out": str(out)})
+            answer = ask_again(_solve_task(base, channels, places) | question | {"out": str(out)})
             packages: list[Package] = answer["packages"]
         except EnvironmentProblem as problem:
             raise _marked(problem, spec) from None
@@ -103,14 +103,15 @@ def _base_lock(spec: EnvironmentSpec, base: CondaBase, places: CondaPlaces) -> t
     before stays, so that environments share it."""
     minors = [m for m in reversed(PYTHONS) if spec.python is None or allows_minor(spec.python.specifier, m)]
     channels = [places.policy.channel_url(name) for name in base.channels]
-    digest = hashlib.sha256("\n".join((*channels, *base.specs)).encode()).hexdigest()[:16]
+    virtual = [f"{name}={version}" for name, version in sorted(base.virtual_packages.items())]
+    digest = hashlib.sha256("\n".join((*channels, *base.specs, *virtual)).encode()).hexdigest()[:16]
     locks = {minor: places.cache / "bases" / f"{base.name}-{minor}-{digest}.lock" for minor in minors}
     made = next((minor for minor in minors if locks[minor].is_file()), None)
     if made is None:
         locks[minors[0]].parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=places.cache / "bases") as folder:
             out = Path(folder) / "pixi.lock"
-            made = minors[_solve_base(spec, base, minors, _solve_task(channels, places) | {"out": str(out)})]
+            made = minors[_solve_base(spec, base, minors, _solve_task(base, channels, places) | {"out": str(out)})]
             out.replace(locks[made])
     return made, locks[made]
 
@@ -124,15 +125,22 @@ def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], t
             raise
         raise EnvironmentProblem(
             BASE_UNAVAILABLE, f"The base `{base.name}` cannot be had here: {problem}",
-            hint="The operator should check the channels (`conda_channels`), or add this Python to them.",
+            hint="The operator should check `channels` under `[environments]`, or add this Python to them.",
             line=spec.python.line if spec.python else None, fixable_by="operator",
         ) from None  # fmt: skip
 
 
-def _solve_task(channels: Sequence[str], places: CondaPlaces) -> dict[str, Any]:
+def _solve_task(base: CondaBase, channels: Sequence[str], places: CondaPlaces) -> dict[str, Any]:
     cache = places.cache / "repodata"
     cache.mkdir(parents=True, exist_ok=True)
-    return {"task": "solve", "channels": list(channels), "cache": str(cache), "base_lock": None, "pinned": []}
+    return {
+        "task": "solve",
+        "channels": list(channels),
+        "cache": str(cache),
+        "base_lock": None,
+        "pinned": [],
+        "virtual_packages": dict(base.virtual_packages),
+    }
 
 
 # --- what the file asks for ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,33 @@ def test_channels_of_the_file(places: CondaPlaces) -> None:
     assert solve_environment(by_url, places).fingerprint == solve_environment(text, places).fingerprint
     problem = refused("channels:\n  - conda-forge\n  - bioconda\n" + conda_yml("greeter"), places)
     assert (problem.code, problem.line) == (UNSUPPORTED, 3)
+
+
+@pytest.fixture
+def gpu_places(places: CondaPlaces, channel_folder: Path, tmp_path: Path) -> CondaPlaces:
+    """With what the base `cuda` has more, none of which knows this machine; `kernels` need a GPU, `modern` a libc of tomorrow."""
+    folder = tmp_path / "channel"
+    shutil.copytree(channel_folder, folder)
+    for package in (
+        Package("pytorch", "2.5.0", "py_cuda_0", depends=("python 3.11.*", "__cuda")),
+        Package("cuda-version", "12.8", "0"),
+        Package("cudnn", "9.0", "0"),
+        Package("bitsandbytes", "0.45", "0"),
+        Package("kernels", "1.0", "0", depends=("__cuda >=12.4", "__glibc >=2.17", "__linux", "__unix")),
+        Package("modern", "1.0", "0", depends=("__glibc >=2.99",)),
+    ):
+        write_package(folder, package, [])
+    index_channel(folder)
+    policy = replace(places.policy, channels={"conda-forge": folder.as_uri()})
+    return CondaPlaces(policy, tmp_path / "cache", places.index)
+
+
+def test_what_nodes_have_is_the_bases_word_not_this_machines(gpu_places: CondaPlaces) -> None:
+    assert versions(solve_environment(conda_yml("kernels", base="cuda"), gpu_places))["kernels"] == "1.0"
+    problem = refused(conda_yml("greeter", "kernels"), gpu_places)
+    assert (problem.code, problem.line) == (UNSOLVABLE, 5) and "__cuda" in problem.message
+    problem = refused(conda_yml("modern", base="cuda"), gpu_places)
+    assert (problem.code, problem.line) == (UNSOLVABLE, 4) and "__glibc" in problem.message
 
 
 def test_a_package_of_a_named_channel(places: CondaPlaces, tmp_path: Path) -> None:
