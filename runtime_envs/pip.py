@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
+from packaging.tags import Tag, compatible_tags, cpython_tags, platform_tags, sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from platformdirs import user_cache_path
 
@@ -89,12 +89,15 @@ def _preferences(installed: Iterable[Installed]) -> str:
 
 
 def _tags(base: HostBase) -> list[Tag]:
-    """Of wheels that the base's Python can use, best first."""
-    if base.own_python:
-        return list(sys_tags())
-    version = [int(part) for part in base.python.split(".")[:2]]
-    platforms = list(dict.fromkeys(tag.platform for tag in sys_tags() if tag.platform != "any"))
-    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, platforms=platforms)]
+    return list(sys_tags()) if base.own_python else python_tags(base.python)
+
+
+def python_tags(python: str) -> list[Tag]:
+    """Of wheels that this version of CPython can use on this platform, best first."""
+    version = [int(part) for part in python.split(".")[:2]]
+    name = f"cp{version[0]}{version[1]}"
+    platforms = list(platform_tags())
+    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, name, platforms)]
 
 
 def _resolved(package: dict[str, Any], tags: Sequence[Tag]) -> Resolved:
