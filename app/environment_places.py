@@ -11,9 +11,10 @@ from cluster.storage.objects import ObjectStore
 from runtime_envs.budget import Budget
 from runtime_envs.bundles.on_node import Fetch
 from runtime_envs.bundles.signing import SigningKey, Trust
-from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.errors import CHANNEL_FAILED, EnvironmentProblem
 from runtime_envs.index import PipIndex, machine_index
+from runtime_envs.policy import EnvironmentPolicy
 
 
 def pip_index(settings: Settings) -> PipIndex:
@@ -36,7 +37,7 @@ def disk_budget(settings: Settings) -> Budget | None:
 
 def conda_places(settings: Settings) -> CondaPlaces:
     allowed = settings.environments
-    policy = CondaPolicy(
+    policy = EnvironmentPolicy(
         channels=allowed.channels,
         denied=frozenset(allowed.denied_packages),
         max_packages=allowed.max_packages,

@@ -29,11 +29,12 @@ from runtime_envs.bundles.on_node import no_storage
 from runtime_envs.bundles.signing import SigningKey, Trust
 from runtime_envs.channels.build import build_channel
 from runtime_envs.channels.interpreter import find_interpreter
-from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
 from runtime_envs.index import PipIndex
 from runtime_envs.lock import Solved
 from runtime_envs.materialize import Prepared
+from runtime_envs.policy import EnvironmentPolicy
 from runtime_envs.usage import disk_bytes
 from runtime_envs.verify import full_verify, quick_verify, read_manifest
 
@@ -322,7 +323,7 @@ def main() -> None:
         clear(work / stale, work)
     with served(channel) as url:
         index = PipIndex(offline=True, cache_dir=work / "uv")
-        places = CondaPlaces(CondaPolicy({"conda-forge": url}), work / "cache", index)
+        places = CondaPlaces(EnvironmentPolicy({"conda-forge": url}), work / "cache", index)
         bench = Bench(work, Report(progress, **resumed), places, asked.conda_pack)
         solve_environment(spec(TENANT), places)  # the base, once for a channel
         for part in (bench.first, bench.second_tenants, bench.checks, bench.bundles):

@@ -42,10 +42,11 @@ from runtime_envs.window import check_window
 def solve_environment(text: str, places: CondaPlaces) -> Solved:
     """environment.yml → lock; seconds, blocking. Raises EnvironmentProblem; what it says of a line names that line."""
     spec = parse_spec(text)
-    if spec.base not in conda_bases():
-        return solve(text, index=places.index)
     check_window(spec)
-    return solve_conda(spec, places)
+    places.policy.check_spec(spec)
+    solved = solve_conda(spec, places) if spec.base in conda_bases() else solve(text, index=places.index)
+    places.policy.check_lock(solved.lock, solved.sizes)
+    return solved
 
 
 class Environments:

@@ -3,7 +3,8 @@ came back from the database. A lock is plain JSON."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -53,10 +54,13 @@ class Lock(_Part):
 
 @dataclass(frozen=True)
 class Solved:
+    """`sizes`: bytes of wheels by file name, where known: not a part of what the environment is."""
+
     spec: EnvironmentSpec
     lock: dict[str, Any]
     fingerprint: str
     dependency_md5: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def solve(spec_text: str, *, base: HostBase | None = None, index: PipIndex | None = None) -> Solved:
@@ -68,7 +72,7 @@ def solve(spec_text: str, *, base: HostBase | None = None, index: PipIndex | Non
     check_host(spec, platform.python)
     packages = solve_pip(spec.pip, platform, index or machine_index()) if spec.pip else _nothing_over(platform)
     lock = _lock(platform, packages)
-    return Solved(spec, lock, identity(lock), dependency_md5_of(lock))
+    return Solved(spec, lock, identity(lock), dependency_md5_of(lock), packages.sizes)
 
 
 def default_lock(base: HostBase | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
+from packaging.tags import Tag, compatible_tags, cpython_tags, platform_tags, sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from platformdirs import user_cache_path
 
@@ -28,14 +28,15 @@ MAX_REASON_CHARS = 3000
 
 @dataclass(frozen=True)
 class Resolved:
-    """`filename`, `sha256` and `url` (where it was found, without a password) of the wheel for this platform; empty for what
-    the base has."""
+    """`filename`, `sha256`, `url` (where it was found, without a password) and `size` in bytes (None: nobody tells) of the wheel
+    for this platform; empty for what the base has."""
 
     name: str
     version: str
     filename: str
     sha256: str
     url: str = ""
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class PipSolution:
 
     packages: tuple[Resolved, ...]
     provided: dict[str, str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by file name."""
+        return {package.filename: package.size for package in self.packages if package.size is not None}
 
 
 def solve_pip(wanted: Sequence[Dependency], base: HostBase, index: PipIndex) -> PipSolution:
@@ -83,12 +89,15 @@ def _preferences(installed: Iterable[Installed]) -> str:
 
 
 def _tags(base: HostBase) -> list[Tag]:
-    """Of wheels that the base's Python can use, best first."""
-    if base.own_python:
-        return list(sys_tags())
-    version = [int(part) for part in base.python.split(".")[:2]]
-    platforms = list(dict.fromkeys(tag.platform for tag in sys_tags() if tag.platform != "any"))
-    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, platforms=platforms)]
+    return list(sys_tags()) if base.own_python else python_tags(base.python)
+
+
+def python_tags(python: str) -> list[Tag]:
+    """Of wheels that this version of CPython can use on this platform, best first."""
+    version = [int(part) for part in python.split(".")[:2]]
+    name = f"cp{version[0]}{version[1]}"
+    platforms = list(platform_tags())
+    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, name, platforms)]
 
 
 def _resolved(package: dict[str, Any], tags: Sequence[Tag]) -> Resolved:
@@ -102,7 +111,22 @@ def _resolved(package: dict[str, Any], tags: Sequence[Tag]) -> Resolved:
             UNSOLVABLE, f"{package['name']} {package['version']} has no wheel with a SHA-256 for this platform.",
             hint="Choose another version; packages are not built from source here.",
         )  # fmt: skip
-    return Resolved(package["name"], package["version"], best[1], best[2]["hashes"]["sha256"], _url(best[2], best[1]))
+    _, filename, wheel = best
+    return Resolved(
+        package["name"],
+        package["version"],
+        filename,
+        wheel["hashes"]["sha256"],
+        _url(wheel, filename),
+        wheel.get("size") or _size_here(wheel),
+    )
+
+
+def _size_here(wheel: dict[str, Any]) -> int | None:
+    """Of a folder's wheels uv tells no size."""
+    place = urlsplit(wheel.get("url") or "")
+    file = Path(unquote(place.path))
+    return file.stat().st_size if place.scheme == "file" and file.is_file() else None
 
 
 def _url(wheel: dict[str, Any], filename: str) -> str:

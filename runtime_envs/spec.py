@@ -22,19 +22,37 @@ KEYS = ("name", "channels", "dependencies", "base", "prefix")
 BASES = ("host", "cpu", "cuda", "tensorflow")
 """The first is the default; each is a file in `bases/`."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-CONDA_LINE = re.compile(r"(?:(?P<channel>[^:\s=<>]+)::)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?P<rest>.*)")
-CONDA_VERSION = re.compile(r"(?P<operator>==|>=|<=|!=|~=|>|<|=)?\s*(?P<version>[A-Za-z0-9.+!_-]+)?(?P<star>\.?\*)?")
+CONDA_LINE = re.compile(r"(?:(?P<channel>[^\s=<>]+?)::)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)\s*(?P<rest>.*)")
+CONDA_REST = re.compile(r"(?P<versions>\S*?)(?:(?:(?<=[^=<>!~,])=| )(?P<build>[A-Za-z0-9._+*]+))?")
+CONDA_VERSION = re.compile(r"(?P<operator>==|>=|<=|!=|~=|>|<|=)?(?P<version>[A-Za-z0-9.+!_-]+?)?(?P<star>\.?\*)?")
+NO_DEFAULTS = "nodefaults"
+"""Not a channel: it says that there are no others."""
 LICENSED_CHANNELS = re.compile(r"defaults|main|anaconda|pkgs/.*|.*repo\.(anaconda|continuum)\..*")
 
 
 @dataclass(frozen=True)
+class Channel:
+    """A name or a URL, as written."""
+
+    name: str
+    line: int
+
+
+@dataclass(frozen=True)
 class Dependency:
-    """One package that the file asks for. `name` is canonical, `text` as written, `line` from 1."""
+    """One package that the file asks for. `name` is canonical, `text` as written, `line` from 1. Of a conda package `match_spec`
+    is what a solver is asked for, in the one form that all of them read alike (name, versions, build), without `channel`."""
 
     name: str
     text: str
     line: int
     specifier: SpecifierSet
+    match_spec: str = ""
+    channel: str | None = None
+
+    @property
+    def conda_name(self) -> str:
+        return self.match_spec.partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class EnvironmentSpec:
 
     name: str
     base: str
-    channels: tuple[str, ...]
+    channels: tuple[Channel, ...]
     python: Dependency | None
     conda: tuple[Dependency, ...]
     pip: tuple[Dependency, ...]
@@ -55,11 +73,13 @@ def parse_spec(text: str) -> EnvironmentSpec:
     if "name" not in fields:
         refuse(1, "the file has no `name`", "Add a line such as `name: my-env`; it is the handle of the environment.")
     conda, pip = _dependencies(fields.get("dependencies"))
-    _refuse_twice((*conda, *pip))
+    # Conda has packages whose names differ in `-` and `_` only, such as typing-extensions; a pip package is one of either.
+    _refuse_twice(((d.conda_name, d) for d in conda), {})
+    _refuse_twice(((d.name, d) for d in pip), {d.name: d.line for d in conda})
     return EnvironmentSpec(
         name=_name(fields["name"]),
         base=_base(fields["base"]) if "base" in fields else BASES[0],
-        channels=tuple(_channel(node) for node in _items(fields.get("channels"), "channels")),
+        channels=tuple(_channels(fields.get("channels"))),
         python=next((d for d in conda if d.name == "python"), None),
         conda=tuple(d for d in conda if d.name not in ("python", "pip")),
         pip=pip,
@@ -153,12 +173,14 @@ def _base(node: yaml.Node) -> str:
     return base
 
 
-def _channel(node: yaml.Node) -> str:
-    channel = _text(node, "a channel")
-    if LICENSED_CHANNELS.fullmatch(channel):
-        refuse(_line(node), f"channel `{channel}` is refused: its licence does not cover every organisation",
-               "Use `conda-forge`.", UNSUPPORTED)  # fmt: skip
-    return channel
+def _channels(node: yaml.Node | None) -> Iterator[Channel]:
+    for item in _items(node, "channels"):
+        channel = Channel(_text(item, "a channel"), _line(item))
+        if LICENSED_CHANNELS.fullmatch(channel.name):
+            refuse(channel.line, f"channel `{channel.name}` is refused: its licence does not cover every organisation",
+                   "Use `conda-forge`.", UNSUPPORTED)  # fmt: skip
+        if channel.name != NO_DEFAULTS:
+            yield channel
 
 
 # --- Dependencies ---
@@ -186,32 +208,54 @@ def _pip_section(item: yaml.MappingNode) -> Iterator[Dependency]:
 
 
 def conda_dependency(text: str, line: int) -> Dependency:
-    """`python=3.11`, `python >=3.10,<3.12`, `conda-forge::numpy 2.*`; a build string is read and left out."""
+    """`python=3.11`, `python >=3.10,<3.12`, `conda-forge::numpy 2.*`, and with a build `numpy=2.0=py311_0`, as `conda env export`
+    writes it."""
     match = CONDA_LINE.fullmatch(text)
     if not match:
         refuse(line, f"`{text}` is not a conda package", "Write `name`, `name=1.2` or `name>=1.2,<2`.")
-    if match["channel"] and LICENSED_CHANNELS.fullmatch(match["channel"]):
-        refuse(line, f"channel `{match['channel']}` is refused", "Use `conda-forge`.", UNSUPPORTED)
-    parts = [part.strip() for part in match["rest"].split(",") if part.strip()]
+    channel, name = match["channel"], match["name"].lower()
+    if channel and LICENSED_CHANNELS.fullmatch(channel):
+        refuse(line, f"channel `{channel}` is refused", "Use `conda-forge`.", UNSUPPORTED)
+    rest = " ".join(re.sub(r"\s*([=<>!~,]+)\s*", r"\1", match["rest"]).split())
     try:
-        specifier = SpecifierSet(",".join(_pep440(part) for part in parts))
+        versions, build = _versions(rest)
+        specifier = _specifier(name, versions)
     except InvalidSpecifier:
-        refuse(line, f"`{match['rest'].strip()}` is not a version", "Write `name=1.2` or `name>=1.2,<2`.")
-    return Dependency(canonicalize_name(match["name"]), text, line, specifier)
+        refuse(line, f"`{rest}` is not a version", "Write `name=1.2` or `name>=1.2,<2`.")
+    asked = ",".join(re.sub(r"^==(.*\.\*)$", r"\1", version) for version in versions)
+    match_spec = " ".join(filter(None, (name, asked or (build and "*"), build)))
+    return Dependency(canonicalize_name(name), text, line, specifier, match_spec, channel)
 
 
-def _pep440(part: str) -> str:
-    """Conda's `=3.11`, `3.11.*` and `3.11=build` mean any 3.11.x."""
-    version = re.sub(r"(?<=[^=<>!~ ])=[^=]*$", "", part)
-    match = CONDA_VERSION.fullmatch(version)
+def _versions(rest: str) -> tuple[list[str], str | None]:
+    """Of what stands behind a name: the versions as PEP 440 writes them, and the build."""
+    match = CONDA_REST.fullmatch(rest)
+    if not match:
+        raise InvalidSpecifier(rest)
+    parts = [part for part in match["versions"].split(",") if part]
+    return [version for part in parts if (version := _pep440(part, bool(match["build"])))], match["build"]
+
+
+def _pep440(part: str, has_build: bool) -> str:
+    """Conda's `=3.11` and `3.11.*` mean any 3.11.x; `=3.11` beside a build, and `3.11` alone, just that. Empty: any version."""
+    match = CONDA_VERSION.fullmatch(part)
     if not match or not (match["version"] or match["star"]):
         raise InvalidSpecifier(part)
-    if not match["version"]:
-        return ""
-    operator, number = match["operator"] or "=", match["version"].rstrip(".")
-    if operator == "=" or (match["star"] and operator == "=="):
-        return f"=={number}.*"
-    return f"{operator}{number}.*" if match["star"] and operator == "!=" else f"{operator}{number}"
+    operator = "==" if match["operator"] in (None, "=") else match["operator"]
+    begins = match["star"] or (match["operator"] == "=" and not has_build)
+    return f"{operator}{match['version']}{'.*' * bool(begins and operator in ('==', '!='))}" if match["version"] else ""
+
+
+def _specifier(name: str, versions: Iterable[str]) -> SpecifierSet:
+    """What can be told before solving: `1.1.1w` or `9e` is a version for conda only. A Python's is one for all."""
+    specifier = SpecifierSet()
+    for version in versions:
+        try:
+            specifier &= SpecifierSet(version)
+        except InvalidSpecifier:
+            if name == "python":
+                raise
+    return specifier
 
 
 def pip_dependency(text: str, line: int) -> Dependency:
@@ -235,10 +279,9 @@ def pip_dependency(text: str, line: int) -> Dependency:
     return Dependency(canonicalize_name(requirement.name), text, line, requirement.specifier)
 
 
-def _refuse_twice(dependencies: Iterable[Dependency]) -> None:
-    seen: dict[str, int] = {}
-    for dependency in dependencies:
-        if dependency.name in seen and ";" not in dependency.text:  # markers may choose between two lines
-            refuse(dependency.line, f"`{dependency.name}` is there twice (first in line {seen[dependency.name]})",
-                   "Keep one of them.")  # fmt: skip
-        seen.setdefault(dependency.name, dependency.line)
+def _refuse_twice(dependencies: Iterable[tuple[str, Dependency]], seen: dict[str, int]) -> None:
+    """`seen`: names → lines, before these."""
+    for name, dependency in dependencies:
+        if name in seen and ";" not in dependency.text:  # markers may choose between two lines
+            refuse(dependency.line, f"`{name}` is there twice (first in line {seen[name]})", "Keep one of them.")
+        seen.setdefault(name, dependency.line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from runtime_envs.errors import UNSUPPORTED
@@ -23,7 +24,7 @@ def check_window(spec: EnvironmentSpec) -> None:
     """Raises `environment_unsupported` that names the first line outside the window, in the order of the file."""
     python = [spec.python] if spec.python else []
     for dependency in sorted((*python, *spec.conda, *spec.pip), key=lambda d: d.line):
-        name = PYPI_NAMES.get(dependency.name, dependency.name)
+        name = pypi_name(dependency.name)
         if name == "python" and not any(allows_minor(dependency.specifier, minor) for minor in PYTHONS):
             refuse(dependency.line, f"`{dependency.text}` is not a supported Python", WINDOW, UNSUPPORTED)
         if name in MINIMUM and not allows_from(dependency.specifier, MINIMUM[name]):
@@ -42,9 +43,14 @@ def check_host(spec: EnvironmentSpec, python: str) -> None:
 
 
 def _refuse_conda(dependency: Dependency) -> None:
-    name = PYPI_NAMES.get(dependency.name, dependency.name)
     refuse(dependency.line, f"`{dependency.text}` is a conda package; the base `host` takes pip packages only",
-           f"Move it under `- pip:` as `{name}`.", UNSUPPORTED)  # fmt: skip
+           f"Move it under `- pip:` as `{pypi_name(dependency.name)}`.", UNSUPPORTED)  # fmt: skip
+
+
+def pypi_name(conda_name: str) -> str:
+    """Canonical; a pip name stays what it is."""
+    name = canonicalize_name(conda_name)
+    return PYPI_NAMES.get(name, name)
 
 
 def allows_minor(specifier: SpecifierSet, minor: str) -> bool:

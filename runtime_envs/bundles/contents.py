@@ -17,7 +17,7 @@ from runtime_envs.bundles.fetch import Places, fetch_conda, fetch_wheels
 from runtime_envs.bundles.signing import SigningKey, Trust
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.lock import CondaLock, is_conda, places_of, read_conda_lock, with_places
-from runtime_envs.conda.solve import CondaPlaces, check_lock_policy
+from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.fingerprint import dependency_md5_of, identity
 from runtime_envs.lock import Lock, Solved, read_lock
@@ -67,15 +67,20 @@ def export_bundle(
 def _for_conda(spec: str, lock: CondaLock, files: Mapping[str, Path]) -> dict[str, str]:
     """Plain `environment.yml` and `explicit.txt`, for `conda env create` and `conda create --file` in the unpacked folder."""
     places = places_of(lock.pixi)
-    channels = sorted({url.rsplit("/", 2)[0] for url, _ in places.values()})
-    lines = [f"{package.name}={package.version}={package.build}" for package in lock.conda]
+    channels = {package.name: places[package.filename][0].rsplit("/", 2)[0] for package in lock.conda}
+    first = channels["python"]
+    lines = [
+        f"{'' if channels[package.name] == first else f'{channels[package.name]}::'}"
+        f"{package.name}={package.version}={package.build}"
+        for package in lock.conda
+    ]
     own = [f"packages/{package.subdir}/{package.filename}" for package in lock.conda]
     explicit = [
         f"{name if name in files else places[name.rsplit('/', 1)[-1]][0]}{_md5(places[name.rsplit('/', 1)[-1]][1])}"
         for name in own
     ]
     return {
-        "environment.yml": _environment(spec, channels, [*lines, *_pip(lock)]),
+        "environment.yml": _environment(spec, list(dict.fromkeys((first, *channels.values()))), [*lines, *_pip(lock)]),
         "explicit.txt": "\n".join(["@EXPLICIT", *explicit]) + "\n",
     }
 
@@ -119,8 +124,8 @@ def import_bundle(source: IO[bytes], folder: Path, trust: Trust, places: CondaPl
     if identity(lock) != opened.head.fingerprint:
         raise refused("its lock is not the one that its fingerprint says")
     files = _packages(opened, expected)
+    places.policy.check_lock(lock, {name: path.stat().st_size for name, path in files.items()})
     if is_conda(lock):
-        check_lock_policy(lock, places.policy)
         lock["pixi"] = _with_our_places(lock, places)
     if missing := [package["filename"] for package in lock["pip"] if package["filename"] not in files]:
         raise refused(f"{missing[0]} is missing")

@@ -17,6 +17,7 @@ from pathlib import Path
 from packaging.metadata import RawMetadata, parse_email
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier, SpecifierSet
+from packaging.tags import Tag
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
@@ -46,6 +47,10 @@ class Wheel:
     @cached_property
     def version(self) -> Version:
         return parse_wheel_filename(self.path.name)[1]
+
+    @cached_property
+    def tags(self) -> frozenset[Tag]:
+        return parse_wheel_filename(self.path.name)[3]
 
     @cached_property
     def info(self) -> str:

@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from rattler import (
+    BuildString,
     Client,
     Gateway,
+    GenericVirtualPackage,
     InstallerReporter,
     LockChannel,
     LockFile,
     LockPlatform,
+    MatchSpec,
     PackageCache,
     PackageCacheLayer,
+    PackageName,
     PackageRecord,
     RepoDataRecord,
-    VirtualPackage,
+    Version,
     install,
     solve,
 )
@@ -70,7 +74,8 @@ def say(**line: Any) -> None:
 
 async def solve_specs(question: dict[str, Any]) -> dict[str, Any]:
     """The first of the `alternatives` (lists of specs) that has a solution; the error is the first one's. `base_lock`: its
-    records are preferred, those named in `pinned` cannot move. Writes the lock `out`."""
+    records are preferred, those named in `pinned` cannot move. `virtual_packages` are what the nodes have, by name. Writes the
+    lock `out`."""
     cache = Path(question["cache"])
     try:
         number, records = await _first_solved(question, Channels.of(cache))
@@ -117,14 +122,26 @@ async def _solved(
 ) -> list[RepoDataRecord]:
     records = await solve(
         sources=question["channels"],
-        specs=specs,
+        specs=[_parsed(spec) for spec in specs],
         gateway=gateway,
         platforms=[PLATFORM, "noarch"],
-        virtual_packages=VirtualPackage.detect(),
+        virtual_packages=[_virtual(*one) for one in question["virtual_packages"].items()],
         pinned_packages=[record for record in base if record.name.normalized in question["pinned"]],
         locked_packages=base,
     )
     return sorted(records, key=lambda record: record.name.normalized)
+
+
+def _parsed(spec: str) -> MatchSpec:
+    try:
+        return MatchSpec(spec)
+    except InvalidMatchSpecError as error:
+        raise InvalidMatchSpecError(f"{spec}: {error}") from None
+
+
+def _virtual(name: str, text: str) -> GenericVirtualPackage:
+    version, _, build = text.partition("=")
+    return GenericVirtualPackage(PackageName(name), Version(version), BuildString(build or "0"))
 
 
 def _records(lock: str) -> list[RepoDataRecord]:
@@ -151,6 +168,7 @@ def _described(record: RepoDataRecord) -> dict[str, Any]:
         "build": str(record.build),
         "subdir": record.subdir,
         "filename": record.file_name,
+        "url": record.url,
         "sha256": record.sha256.hex() if record.sha256 else None,
         "size": record.size,
         "python": record.noarch.python or any(need.split()[0] == "python" for need in record.depends),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,16 @@ from runtime_envs.host import HostBase, Installed
 from runtime_envs.index import PipIndex
 from runtime_envs.lock import Solved
 from runtime_envs.pip import PipSolution, Resolved, solve_pip
-from runtime_envs.spec import Dependency, EnvironmentSpec, refuse
-from runtime_envs.window import PYPI_NAMES, PYTHONS, allows_minor
-
-GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class CondaPolicy:
-    """`channels`: the ones that tenants may name, and where each is (a URL; a mirror or a folder takes the place of the
-    real one). `denied` packages by name. Limits of one environment; `max_bytes` compressed."""
-
-    channels: Mapping[str, str]
-    denied: frozenset[str] = frozenset()
-    max_packages: int = 1000
-    max_bytes: int = 30 * GIB
+from runtime_envs.policy import EnvironmentPolicy
+from runtime_envs.spec import Channel, Dependency, EnvironmentSpec, refuse
+from runtime_envs.window import PYTHONS, allows_minor, pypi_name
 
 
 @dataclass(frozen=True)
 class CondaPlaces:
     """`cache`: repodata, and the locks of the bases, which stay as first solved until an operator removes them."""
 
-    policy: CondaPolicy
+    policy: EnvironmentPolicy
     cache: Path
     index: PipIndex = field(default_factory=PipIndex)
 
@@ -55,22 +43,25 @@ Package = dict[str, Any]
 
 
 def solve_conda(spec: EnvironmentSpec, places: CondaPlaces) -> Solved:
-    """Seconds, blocking. Raises EnvironmentProblem; a conflict comes as the solver's tree, with the tenant's line marked."""
+    """Seconds, blocking. Raises EnvironmentProblem; a conflict comes as the solver's tree, with the tenant's line marked. Of the
+    policy it heeds the channels only."""
     base = conda_bases()[spec.base]
-    _check_policy(spec, places.policy)
+    channels = _channels(spec, base, places.policy)
     minor, base_lock = _base_lock(spec, base, places)
+    specs = [f"python {minor}.*", *base.specs, *(_match_spec(d, places.policy) for d in _asked(spec))]
     with tempfile.TemporaryDirectory(prefix="heliostat-solve-") as folder:
         out = Path(folder) / "pixi.lock"
-        question = _question(spec, base, minor, places) | {"base_lock": str(base_lock), "out": str(out)}
+        question = {"alternatives": [specs], "base_lock": str(base_lock), "pinned": sorted(base.core_names)}
         try:
-            packages: list[Package] = ask_again(question)["packages"]
+            answer = ask_again(_solve_task(base, channels, places) | question | {"out": str(out)})
+            packages: list[Package] = answer["packages"]
         except EnvironmentProblem as problem:
             raise _marked(problem, spec) from None
         pixi = out.read_text(encoding="utf-8")
-    _check_limits(packages, places.policy)
+    _refuse_unhashed(packages)
+    _refuse_other_channels(spec, packages, places.policy)
     _refuse_overrides(spec.pip, packages)
     over = solve_pip(spec.pip, _as_base(base.name, packages), places.index) if spec.pip else PipSolution((), {})
-    _refuse_denied([package.name for package in over.packages], places.policy)
     return _solved(spec, packages, base_lock.read_text(encoding="utf-8"), (pixi, over))
 
 
@@ -89,7 +80,7 @@ def _solved(spec: EnvironmentSpec, packages: list[Package], base_lock: str, answ
             "pixi": with_pip(pixi, [_pip_place(package) for package in over.packages]),
         }
     ).model_dump(exclude={"bundled"})
-    return Solved(spec, lock, identity(lock), dependency_md5_of(lock))
+    return Solved(spec, lock, identity(lock), dependency_md5_of(lock), over.sizes)
 
 
 def _pip_entry(package: Resolved) -> dict[str, str]:
@@ -111,15 +102,16 @@ def _base_lock(spec: EnvironmentSpec, base: CondaBase, places: CondaPlaces) -> t
     """The newest Python minor that the file allows and the base has, and the lock of the base with it. One that was solved
     before stays, so that environments share it."""
     minors = [m for m in reversed(PYTHONS) if spec.python is None or allows_minor(spec.python.specifier, m)]
-    channels = _urls(base.channels, places.policy)
-    digest = hashlib.sha256("\n".join((*channels, *base.specs)).encode()).hexdigest()[:16]
+    channels = [places.policy.channel_url(name) for name in base.channels]
+    virtual = [f"{name}={version}" for name, version in sorted(base.virtual_packages.items())]
+    digest = hashlib.sha256("\n".join((*channels, *base.specs, *virtual)).encode()).hexdigest()[:16]
     locks = {minor: places.cache / "bases" / f"{base.name}-{minor}-{digest}.lock" for minor in minors}
     made = next((minor for minor in minors if locks[minor].is_file()), None)
     if made is None:
         locks[minors[0]].parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=places.cache / "bases") as folder:
             out = Path(folder) / "pixi.lock"
-            made = minors[_solve_base(spec, base, minors, _solve_task(channels, places) | {"out": str(out)})]
+            made = minors[_solve_base(spec, base, minors, _solve_task(base, channels, places) | {"out": str(out)})]
             out.replace(locks[made])
     return made, locks[made]
 
@@ -133,70 +125,61 @@ def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], t
             raise
         raise EnvironmentProblem(
             BASE_UNAVAILABLE, f"The base `{base.name}` cannot be had here: {problem}",
-            hint="The operator should check the channels (`conda_channels`), or add this Python to them.",
+            hint="The operator should check `channels` under `[environments]`, or add this Python to them.",
             line=spec.python.line if spec.python else None, fixable_by="operator",
         ) from None  # fmt: skip
 
 
-def _solve_task(channels: Sequence[str], places: CondaPlaces) -> dict[str, Any]:
+def _solve_task(base: CondaBase, channels: Sequence[str], places: CondaPlaces) -> dict[str, Any]:
     cache = places.cache / "repodata"
     cache.mkdir(parents=True, exist_ok=True)
-    return {"task": "solve", "channels": list(channels), "cache": str(cache), "base_lock": None, "pinned": []}
+    return {
+        "task": "solve",
+        "channels": list(channels),
+        "cache": str(cache),
+        "base_lock": None,
+        "pinned": [],
+        "virtual_packages": dict(base.virtual_packages),
+    }
 
 
-def _question(spec: EnvironmentSpec, base: CondaBase, minor: str, places: CondaPlaces) -> dict[str, Any]:
-    # The base's channels first: with strict priority a tenant's channel cannot bring another package of a name that they have.
-    channels = _urls(dict.fromkeys((*base.channels, *spec.channels)), places.policy)
-    own = [spec.python] if spec.python else []
-    asked = [dependency.text.rpartition("::")[2] for dependency in (*own, *spec.conda)]
-    specs = [f"python {minor}.*", *base.specs, *asked]
-    return _solve_task(channels, places) | {"alternatives": [specs], "pinned": sorted(base.core_names)}
+# --- what the file asks for ---
 
 
-def _urls(channels: Iterable[str], policy: CondaPolicy) -> list[str]:
-    return [policy.channels[name] for name in channels]
+def _asked(spec: EnvironmentSpec) -> list[Dependency]:
+    return [*([spec.python] if spec.python else []), *spec.conda]
+
+
+def _channels(spec: EnvironmentSpec, base: CondaBase, policy: EnvironmentPolicy) -> list[str]:
+    """The base's first: with strict priority a tenant's channel brings another package of a name that they have only to whoever
+    asks for it (`mine::name`). Raises for one that is not allowed."""
+    named = [Channel(d.channel, d.line) for d in _asked(spec) if d.channel]
+    own = [policy.channel_url(channel.name, channel.line) for channel in (*spec.channels, *named)]
+    return list(dict.fromkeys((*(policy.channel_url(name) for name in base.channels), *own)))
+
+
+def _match_spec(dependency: Dependency, policy: EnvironmentPolicy) -> str:
+    channel = f"{policy.channel_url(dependency.channel)}::" if dependency.channel else ""
+    return f"{channel}{dependency.match_spec}"
 
 
 # --- what is refused ---
 
 
-def _check_policy(spec: EnvironmentSpec, policy: CondaPolicy) -> None:
-    named = dict.fromkeys(channel for d in spec.conda if (channel := d.text.rpartition("::")[0]))
-    for name in (*conda_bases()[spec.base].channels, *spec.channels, *named):
-        if name not in policy.channels:
-            refuse(
-                None, f"channel `{name}` is not allowed here", f"Allowed: {', '.join(policy.channels)}.", UNSUPPORTED
-            )
-    for dependency in (*spec.conda, *spec.pip):
-        if dependency.name in policy.denied:
-            refuse(dependency.line, f"package `{dependency.name}` is not allowed here", "Leave it out.", UNSUPPORTED)
-
-
-def check_lock_policy(lock: dict[str, Any], policy: CondaPolicy) -> None:
-    """Of a lock that another Heliostat has made. Raises `environment_unsupported`."""
-    _check_limits(lock["conda"], policy)
-    _refuse_denied([package["name"] for package in lock["pip"]], policy)
-
-
-def _check_limits(packages: Sequence[Package], policy: CondaPolicy) -> None:
-    size = sum(package["size"] or 0 for package in packages)
-    if len(packages) > policy.max_packages or size > policy.max_bytes:
-        raise EnvironmentProblem(
-            UNSUPPORTED, f"The environment has {len(packages)} packages of {size / GIB:.1f} GiB.",
-            hint=f"Allowed: {policy.max_packages} packages of {policy.max_bytes / GIB:.1f} GiB in all.",
-        )  # fmt: skip
-    _refuse_denied([package["name"] for package in packages], policy)
+def _refuse_unhashed(packages: Iterable[Package]) -> None:
     for package in packages:
         if package["sha256"] is None:
             raise EnvironmentProblem(INVALID, f"The channel has no SHA-256 of `{package['filename']}`.")
 
 
-def _refuse_denied(names: Iterable[str], policy: CondaPolicy) -> None:
-    if denied := [name for name in names if name in policy.denied]:
-        raise EnvironmentProblem(
-            UNSUPPORTED, f"The environment needs `{denied[0]}`, which is not allowed here.",
-            hint="Leave out what needs it.",
-        )  # fmt: skip
+def _refuse_other_channels(spec: EnvironmentSpec, packages: Iterable[Package], policy: EnvironmentPolicy) -> None:
+    """What the base has is taken from there, whatever channel the file names for it."""
+    urls = {package["name"]: package["url"] for package in packages}
+    for dependency in _asked(spec):
+        name = dependency.conda_name
+        if dependency.channel and not urls[name].startswith(policy.channel_url(dependency.channel).rstrip("/") + "/"):
+            refuse(dependency.line, f"`{dependency.text}`: the base `{spec.base}` has its own {name}",
+                   f"Write `{name}` without a channel.", UNSUPPORTED)  # fmt: skip
 
 
 def _refuse_overrides(wanted: Sequence[Dependency], packages: Sequence[Package]) -> None:
@@ -220,7 +203,7 @@ def _refuse_overrides(wanted: Sequence[Dependency], packages: Sequence[Package])
 
 def _marked(problem: EnvironmentProblem, spec: EnvironmentSpec) -> EnvironmentProblem:
     """The solver's tree, with the lines of environment.yml behind what they asked for."""
-    own = [*([spec.python] if spec.python else []), *spec.conda]
+    own = _asked(spec)
     line: int | None = None
     marked = []
     for text in problem.message.splitlines():
@@ -239,10 +222,6 @@ def _names(text: str, dependency: Dependency) -> bool:
 
 
 # --- conda packages as pip sees them ---
-
-
-def pypi_name(conda_name: str) -> str:
-    return canonicalize_name(PYPI_NAMES.get(conda_name, conda_name))
 
 
 def _is_python(package: Package) -> bool:

@@ -7,10 +7,11 @@ import pytest
 from builders_channel import ChannelServer, served, write_channel
 from builders_wheels import write_wheel
 
-from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments
 from runtime_envs.index import PipIndex
 from runtime_envs.materialize import HostEnvironments
+from runtime_envs.policy import EnvironmentPolicy
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,7 @@ def channel(channel_folder: Path) -> Iterator[ChannelServer]:
 
 @pytest.fixture(scope="session")
 def places(channel: ChannelServer, index: PipIndex, tmp_path_factory: pytest.TempPathFactory) -> CondaPlaces:
-    return CondaPlaces(CondaPolicy({"conda-forge": channel.url}), tmp_path_factory.mktemp("conda-cache"), index)
+    return CondaPlaces(EnvironmentPolicy({"conda-forge": channel.url}), tmp_path_factory.mktemp("conda-cache"), index)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from runtime_envs.bundles.contents import Imported, export_bundle, import_bundle
 from runtime_envs.bundles.fetch import Places
 from runtime_envs.bundles.on_node import no_storage
 from runtime_envs.bundles.signing import SigningKey, Trust
+from runtime_envs.channels.package import Package, write_package
+from runtime_envs.conda.engine import index_channel
 from runtime_envs.conda.lock import is_conda
 from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
@@ -115,6 +117,41 @@ def test_stock_conda_can_read_it(make: Make, places: CondaPlaces, key: SigningKe
     assert all((tmp_path / "plain" / line.partition("#")[0]).is_file() for line in lines)
 
 
+def again(bundle: Path, base: str, places: CondaPlaces) -> Solved:
+    """From the environment.yml that the bundle has for stock conda, which knows no bases."""
+    with tarfile.open(bundle) as archive:
+        member = archive.extractfile("environment.yml")
+        assert member is not None
+        return solve_environment(member.read().decode() + f"base: {base}\n", places)
+
+
+def test_what_stock_conda_reads_is_the_same_environment(
+    make: Make, places: CondaPlaces, key: SigningKey, tmp_path: Path
+) -> None:
+    solved, text = make(conda_yml("polite", pip=("big",)))
+    bundle = exported(solved, text, key, places.index, tmp_path, whole=True)
+    assert again(bundle, "cpu", places).lock == solved.lock
+
+
+def test_and_so_it_is_with_a_channel_of_the_tenants_own(places: CondaPlaces, key: SigningKey, tmp_path: Path) -> None:
+    write_package(tmp_path / "a-channel", Package("greeter", "1.5", "mine_0", noarch=True), [])
+    index_channel(tmp_path / "a-channel")
+    mine = {**places.policy.channels, "mine": (tmp_path / "a-channel").as_uri()}
+    both = replace(places, policy=replace(places.policy, channels=mine))
+    text = conda_yml("polite", "mine::greeter")
+    solved = solve_environment(text, both)
+    assert again(exported(solved, text, key, places.index, tmp_path, whole=True), "cpu", both).lock == solved.lock
+
+
+def test_and_so_it_is_over_the_platforms_own(
+    index: PipIndex, places: CondaPlaces, key: SigningKey, tmp_path: Path
+) -> None:
+    text = "name: plain\ndependencies:\n  - pip:\n    - polite\n"
+    solved = solve_environment(text, places)
+    bundle = exported(solved, text, key, index, tmp_path, whole=False)
+    assert again(bundle, "host", places).lock == solved.lock
+
+
 def test_a_base_of_the_platforms_own(
     index: PipIndex, places: CondaPlaces, nowhere: CondaPlaces, key: SigningKey, tmp_path: Path
 ) -> None:
@@ -135,6 +172,23 @@ def test_what_is_not_allowed_here(make: Make, places: CondaPlaces, key: SigningK
     denied = replace(places, policy=replace(places.policy, denied=frozenset({"greeter"})))
     with pytest.raises(EnvironmentProblem) as caught:
         imported(bundle, tmp_path / "denied", key, denied)
+    assert caught.value.code == UNSUPPORTED
+
+
+@pytest.mark.parametrize("base", ["host", "cpu"])
+@pytest.mark.parametrize(
+    "limit", [{"denied": frozenset({"Big"})}, {"max_packages": 0}, {"max_bytes": 1}], ids=["denied", "number", "size"]
+)
+def test_nor_what_pip_brings(
+    limit: dict[str, Any], base: str, make: Make, places: CondaPlaces, key: SigningKey, tmp_path: Path
+) -> None:
+    solved, text = make(conda_yml(pip=("big",), base=base))
+    if base == "cpu" and "denied" not in limit:  # all but the wheel would be allowed
+        sizes = [package["size"] for package in solved.lock["conda"]]
+        limit = {"max_packages": len(sizes)} if "max_packages" in limit else {"max_bytes": sum(sizes)}
+    bundle = exported(solved, text, key, places.index, tmp_path, whole=False)
+    with pytest.raises(EnvironmentProblem) as caught:
+        imported(bundle, tmp_path / "here", key, replace(places, policy=replace(places.policy, **limit)))
     assert caught.value.code == UNSUPPORTED
 
 

@@ -13,10 +13,11 @@ from builders_wheels import write_wheel
 
 from runtime_envs.channels.build import build_channel
 from runtime_envs.channels.interpreter import Interpreter, find_interpreter
-from runtime_envs.conda.solve import CondaPlaces, CondaPolicy
+from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
 from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.index import PipIndex
+from runtime_envs.policy import EnvironmentPolicy
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +39,7 @@ def test_a_python_beside_the_platforms(minor: str, tmp_path: Path, index: PipInd
     python = interpreter(minor)
     wheels = [write_wheel(tmp_path, name, version) for name, version in BASE.items()]
     build_channel(tmp_path / "channel", wheels, python)
-    places = CondaPlaces(CondaPolicy({"conda-forge": (tmp_path / "channel").as_uri()}), tmp_path / "cache", index)
+    places = CondaPlaces(EnvironmentPolicy({"conda-forge": (tmp_path / "channel").as_uri()}), tmp_path / "cache", index)
     solved = solve_environment(conda_yml(f"python={minor}", pip=("greeter",)), places)
     assert solved.lock["python"] == python.version
     node = Environments(tmp_path / "node", index)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_envs.errors import INVALID, UNSUPPORTED, EnvironmentProblem
-from runtime_envs.spec import MAX_BYTES, conda_dependency, parse_spec, pip_dependency
+from runtime_envs.spec import MAX_BYTES, Channel, conda_dependency, parse_spec, pip_dependency
 
 FULL = """\
 name: sentiment
@@ -33,7 +33,7 @@ def problem(text: str) -> EnvironmentProblem:
 
 def test_a_full_file() -> None:
     spec = parse_spec(FULL)
-    assert (spec.name, spec.base, spec.channels) == ("sentiment", "host", ("conda-forge", "nodefaults"))
+    assert (spec.name, spec.base, spec.channels) == ("sentiment", "host", (Channel("conda-forge", 3),))
     assert spec.python is not None and (spec.python.line, str(spec.python.specifier)) == (6, "==3.11.*")
     assert [(d.name, d.line) for d in spec.pip] == [("rouge-score", 9), ("datasets", 10)]
     assert spec.conda == ()
@@ -119,7 +119,7 @@ def test_an_unknown_base_is_refused() -> None:
         ("python 3.11.*", "3.11.7", "3.12.0"),
         ("python==3.11.7", "3.11.7", "3.11.8"),
         ("python>=3.10,<3.12", "3.11.7", "3.12.0"),
-        ("conda-forge::python=3.11=h123_cpython", "3.11.7", "3.10.1"),
+        ("conda-forge::python=3.11.7=h123_cpython", "3.11.7", "3.11.8"),
         ("python==3.11.7=h123_0", "3.11.7", "3.11.8"),
         ("python!=3.11.*", "3.12.0", "3.11.7"),
         ("python>=3.10.*", "3.12.0", "3.9.7"),
@@ -135,6 +135,33 @@ def test_conda_versions(text: str, inside: str, outside: str) -> None:
 def test_any_version() -> None:
     assert "1.0" in conda_dependency("numpy", 1).specifier
     assert "1.0" in conda_dependency("numpy=*", 1).specifier
+
+
+@pytest.mark.parametrize(
+    ("text", "match_spec"),
+    [
+        ("numpy", "numpy"),
+        ("numpy=*", "numpy"),
+        ("NumPy =2", "numpy 2.*"),
+        ("numpy=2.0=py311_0", "numpy ==2.0 py311_0"),
+        ("numpy 2.0 py311_0", "numpy ==2.0 py311_0"),
+        ("numpy=*=*mkl*", "numpy * *mkl*"),
+        ("numpy >= 1.2, <2", "numpy >=1.2,<2"),
+        ("mine::numpy=1.26,!=1.26.*", "numpy 1.26.*,!=1.26.*"),
+        ("openssl=1.1.1w=h7f8727e_0", "openssl ==1.1.1w h7f8727e_0"),
+        ("_libgcc_mutex=0.1=main", "_libgcc_mutex ==0.1 main"),
+        ("x264=1!161.3030", "x264 1!161.3030.*"),
+    ],
+)
+def test_what_a_solver_is_asked_for(text: str, match_spec: str) -> None:
+    assert conda_dependency(text, 1).match_spec == match_spec
+
+
+def test_conda_names_that_differ_in_their_spelling_only() -> None:
+    lines = "name: x\nbase: cpu\ndependencies:\n  - typing-extensions=4.12\n  - typing_extensions=4.12\n"
+    assert len(parse_spec(lines).conda) == 2
+    assert problem(lines + "  - Typing_Extensions\n").line == 6
+    assert problem(lines + "  - pip:\n    - Typing.Extensions\n").line == 7
 
 
 def test_too_large_and_too_deep() -> None:

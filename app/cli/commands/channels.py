@@ -34,12 +34,21 @@ def build(
 
     files = [file for place in wheels for file in (sorted(place.glob("*.whl")) if place.is_dir() else [place])]
     try:
-        made = build_channel(folder.absolute(), files, find_interpreter(python), session.out.note)
+        interpreter = find_interpreter(python)
+        made = build_channel(folder.absolute(), files, interpreter, session.out.note)
     except EnvironmentProblem as problem:
         raise HostProblem(problem.message, code=problem.code, hint=problem.hint) from problem
     url = made.folder.as_uri()
     if made.missing:
         session.out.note(f"these packages need what no wheel brings: {', '.join(made.missing)}")
-    data = {"object": "channel", "url": url, "packages": list(made.packages), "missing": list(made.missing)}
+    if made.skipped:
+        session.out.note(f"left out, not for Python {interpreter.minor} on this platform: {', '.join(made.skipped)}")
+    data = {
+        "object": "channel",
+        "url": url,
+        "packages": list(made.packages),
+        "missing": list(made.missing),
+        "skipped": list(made.skipped),
+    }
     setting = f'[environments]\nchannels = {{ conda-forge = "{url}" }}'
     session.out.show(data, lambda: pairs([("packages", len(made.packages)), ("in the configuration", setting)]))
