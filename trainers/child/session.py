@@ -112,14 +112,15 @@ class Session:
         config = self.place.config
         require_forms(config)
         identity = identity_of(config, self.loaded.precision)
-        self.store = Store(config, self.place.world, identity, self.loaded.precision)
+        control = self.place.control
+        self.store = Store(config, self.place.world, identity, self.loaded.precision, progress=control.progress)
         self.position = self.position.continued_by(self.place.world.size)
         if config.resume_from:
             self.position = self.store.read(Path(config.resume_from), self.engine)
         self._began = self.position.step
         parking = Parking(self._tensors, self.place.world.device)
-        actions = Actions(self._save, self._prune, self._settle, parking.leave, parking.come_back)
-        self.place.control.attach(actions, self.position.step)
+        actions = Actions(self._save, self._prune, self._drop, self._settle, parking.leave, parking.come_back)
+        control.attach(actions, self.position.step)
         self.place.memory.check()
 
     def run(self, trainer: Trainer, facts: DataFacts) -> None:
@@ -224,7 +225,12 @@ class Session:
         yield from self.engine.tensors()
 
     def _prune(self, durable: int) -> None:
-        self.store.prune(durable, self.position.metrics.get(BEST_STEP) if self._keeps_best() else None)
+        self.store.prune(durable, self._best_step)
+
+    def _drop(self, step: int) -> None:
+        """Nobody stores it: it is of use only as the best one."""
+        if step != self._best_step:
+            self.store.drop(step)
 
     # ── the best weights ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,6 +239,10 @@ class Session:
         hyper = self.place.config.hyperparams
         wanted = hyper.load_best_model_at_end
         return self.evaluate is not None and (wanted if wanted is not None else bool(hyper.early_stopping_patience))
+
+    @property
+    def _best_step(self) -> int | None:
+        return self.position.metrics.get(BEST_STEP) if self._keeps_best() else None
 
     def _return_to_best(self) -> None:
         """The last weights compete too."""

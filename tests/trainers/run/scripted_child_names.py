@@ -1,3 +1,3 @@
 """What `scripted_child.py` can do; it picks by `hyperparams.seed`."""
 
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS, DIES_NAMELESS = range(14)
+GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS, DIES_NAMELESS, HASTY = range(15)

@@ -40,7 +40,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     engine = make_engine(classifier, config, world, micro)
     torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
 
-    trainer = _Trainer(classifier, engine, data.examples, plan, world, MicroBatch(micro))
+    trainer = _Trainer(classifier, engine, data.examples, plan, world, control, MicroBatch(micro))
     judge = _Judge(classifier, names, world, control, micro, config.sample_rows)
     evaluate = (lambda: judge.run(held_out)) if held_out else None
     session = Session(Place(config, world, control, memory), loaded, engine, plan, evaluate)
@@ -91,6 +91,7 @@ class _Trainer:
     examples: Sequence[Labelled]
     plan: Plan
     world: World
+    control: Control
     micro: MicroBatch
 
     def step(self, step: int) -> Fields:
@@ -102,6 +103,7 @@ class _Trainer:
             loss, measured = self.classifier.loss([self.examples[row] for row in rows])
             self.engine.backward(loss / len(batch), last=number == len(pieces))
             sums += measured
+            self.control.progress(f"step {step}, forward passes", number, len(pieces))
         mean, right = self.world.total(sums) / len(batch)
         norm = update(self.engine, lr)
         tokens = sum(len(self.examples[row].ids) for row in batch)
@@ -137,6 +139,8 @@ class _Judge:
         for start in range(0, math.ceil(len(examples) / self.world.size), self.micro):
             self.control.between()
             yield list(share[start : start + self.micro])
+            done = min(len(examples), (start + self.micro) * self.world.size)
+            self.control.progress("evaluation, rows", done, len(examples))
 
     def _samples(self, examples: Sequence[Labelled]) -> list[dict[str, str]]:
         """Asked on all ranks, which may need each other's part of the weights; told by the first."""
