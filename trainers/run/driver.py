@@ -47,7 +47,8 @@ class JobDriver:
         self._agents = agents
         self._gang = gang
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._writer = RecordWriter(parts.settings.max_waiting_records, self._on_fenced, self._on_broken)
+        waiting = parts.settings.max_waiting_records
+        self._writer = RecordWriter(waiting, self._on_fenced, self._on_refused, self._on_broken)
         self._woken = threading.Event()
         listeners = Listeners(self._outcomes.put, self.nudge, self._discard)
         self._conversation = Conversation(self._job, parts.store, self._writer, listeners)
@@ -134,6 +135,11 @@ class JobDriver:
     def _on_fenced(self) -> None:
         self._writer.abandon()
         self._outcomes.put(Outcome(None, "another attempt owns the job"))
+
+    def _on_refused(self, error: HeliostatError) -> None:
+        """The next attempt would bring the same value."""
+        log.warning("attempt %s: a record was refused: %s", self._job, error)
+        self._outcomes.put(_refused(error))
 
     def _on_broken(self) -> None:
         self._broken = True
@@ -269,7 +275,12 @@ class JobDriver:
                 self._store.move(*self._job, outcome.state, reason=outcome.reason, error=outcome.error)
             return
         made = outcome.artifact
-        self._store.finish(*self._job, made["prefix"], made["files"], made["metrics"], self._lineage())
+        try:
+            self._store.finish(*self._job, made["prefix"], made["files"], made["metrics"], self._lineage())
+        except (Unavailable, Fenced):
+            raise
+        except HeliostatError as error:
+            self._write_end(_refused(error))
 
     def _lineage(self) -> dict[str, Any]:
         """What a version needs to be made again: data, code, configuration, and the identity of the run."""
@@ -289,3 +300,7 @@ class JobDriver:
             "packages": self._conversation.hello,
             "run": self._conversation.ready,
         }
+
+
+def _refused(error: HeliostatError) -> Outcome:
+    return Outcome(JobState.FAILED, error.message, error.as_dict())

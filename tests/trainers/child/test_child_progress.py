@@ -63,5 +63,7 @@ def test_what_is_short_says_nothing_and_no_number_moves(
     telling = train(config_of("sft", tiny_llama, capitals, tmp_path / "2"))
     assert "progress" not in [message["type"] for message in silent.messages if message.get("what") != "tokenising"]
     assert numbers(silent.of("step")) == numbers(telling.of("step"))
-    scores = [[one[key] for one in wire.of("evaluated") for key in ("loss", "exact_match")] for wire in (silent, telling)]
+    scores = [
+        [one[key] for one in wire.of("evaluated") for key in ("loss", "exact_match")] for wire in (silent, telling)
+    ]
     assert scores[0] == scores[1]

@@ -15,7 +15,7 @@ from fakes_driver import JOB, World, make_world
 from waiting import PATIENCE_S, until
 
 from cluster.core.job import JobState, Wish
-from cluster.errors import EnvironmentError_, Unavailable
+from cluster.errors import EnvironmentError_, InvalidRequest, Unavailable
 from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
@@ -267,6 +267,16 @@ def test_training_goes_on_while_the_database_is_down(tmp_path: Path) -> None:
     assert made.store.state is JobState.SUCCEEDED
     assert list(made.store.steps) == STEPS
     assert stored_of(made)[-1] == STEPS[-1]
+
+
+@pytest.mark.parametrize("method", ["record_steps", "finish"])
+def test_what_the_database_refuses_fails_the_job_by_its_name(tmp_path: Path, method: str) -> None:
+    made = world(tmp_path)
+    told = InvalidRequest("a value cannot be stored (integer out of range)", code="invalid_value", hint="smaller")
+    made.store.refuses[method] = told
+    run(made)
+    assert made.store.state is JobState.FAILED
+    assert made.store.error == told.as_dict() and made.store.moves[-1][1] == told.message
 
 
 def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> None:

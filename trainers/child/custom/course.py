@@ -14,6 +14,8 @@ from trainers.protocol import Message
 MAX_UNSAVED = 2
 MOST_OF_TIME = 0.1
 """Both as in `trainers.child.control`."""
+MAX_INTEGER = 2**63 - 1
+"""That can be recorded."""
 COLUMNS = ("epoch", "lr", "grad_norm", "tokens")
 """Of a step's row, besides step, loss and seconds."""
 
@@ -63,11 +65,7 @@ class Course:
     def report(self, message: Message) -> dict[str, Any]:
         """The fields of a `step` message. Raises Refused."""
         step, metrics = message["step"], {**message["metrics"], "loss": message["loss"]}
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad or step < 1:
-            raise Refused(
-                f"step {step} is not recorded: " + (f"{', '.join(bad)} is not finite" if bad else "they begin with 1")
-            )
+        _check(step, metrics)
         others = {name: value for name, value in metrics.items() if name not in (*COLUMNS, "loss")}
         self.position = Position(step, {**self.position.metrics, **others, "train_loss": message["loss"]})
         self.fresh, self.told_at = True, self._clock()
@@ -96,3 +94,15 @@ class Course:
         self.position, self._saved_step = position, position.step
         self._unsaved.add(position.step)
         return fields
+
+
+def _check(step: int, metrics: dict[str, Any]) -> None:
+    """Raises Refused for what cannot be recorded."""
+    endless = [name for name, value in metrics.items() if not abs(value) < math.inf]
+    whole = {name: value for name, value in metrics.items() if isinstance(value, int) or name == "tokens"}
+    large = [name for name, value in {"step": step, **whole}.items() if abs(value) > MAX_INTEGER]
+    for names, why in ((endless, "is not finite"), (large, "has more than 64 bits")):
+        if names:
+            raise Refused(f"a step is not recorded: {', '.join(names)} {why}")
+    if step < 1:
+        raise Refused(f"step {step} is not recorded: they begin with 1")
