@@ -18,6 +18,7 @@ from trainers.child.artifact import Run, load_saved, write_artifact
 from trainers.child.checkpoint import Position, Store, Written, identity_of
 from trainers.child.control import Actions, Control
 from trainers.child.data import Plan
+from trainers.child.deepspeed_config import zero_stage
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure, describe, is_memory
 from trainers.child.memory import MemoryLimit
@@ -180,12 +181,13 @@ class Session:
         self.place.control.emit("step", step=step.number, epoch=self.plan.epoch(step.number), **done, seconds=seconds)
 
     def _train(self, trainer: Trainer, step: int) -> Fields:
-        """Again with half the micro-batch where the memory was too small; several ranks could not agree on that."""
+        """Again with half the micro-batch where the memory was too small. Not with several ranks, which could not agree on that,
+        nor with DeepSpeed, which keeps gradients of its own: the next attempt does it there."""
         while True:
             try:
                 return trainer.step(step)
             except (RuntimeError, MemoryError) as error:
-                if not is_memory(error) or self.place.world.size > 1 or not trainer.micro.halve():
+                if not is_memory(error) or not self._may_halve or not trainer.micro.halve():
                     raise
             for parameter in self.loaded.model.parameters():
                 parameter.grad = None
@@ -193,6 +195,10 @@ class Session:
                 torch.cuda.empty_cache()
             rows = f"at most {trainer.micro.size} row(s) in a forward pass"
             warn(self.place.control, f"Step {step} ran out of memory; once more with {rows}.")
+
+    @property
+    def _may_halve(self) -> bool:
+        return self.place.world.size == 1 and zero_stage(self.place.config) == 0
 
     def _save(self) -> None:
         """One at a time: the disk sets the pace, and the system keeps one snapshot."""

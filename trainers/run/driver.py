@@ -19,8 +19,8 @@ from cluster.storage.objects import ObjectStore
 from trainers.run.conversation import Conversation, Intent, Listeners
 from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
-from trainers.run.ports import Assignment
-from trainers.run.preparing import CPU, lineage, parts_of, prepare
+from trainers.run.ports import OUT_OF_MEMORY, Assignment
+from trainers.run.preparing import CPU, lineage, parts_of, prepare, rows_at_once
 from trainers.run.records import RecordWriter
 from trainers.run.turns import TurnActions, Turns
 
@@ -94,7 +94,7 @@ class JobDriver:
         self._writer.start()
         self._start_thread(self._keep_lease)
         self._start_thread(self._train)
-        outcome = self._first_hand(self._outcomes.get())  # the first word counts
+        outcome = self._once_more(self._first_hand(self._outcomes.get()))  # the first word counts
         log.info("attempt %s ends: %s, %s", self._job, outcome.state, outcome.reason)
         self._clear()
         if outcome.state is None:
@@ -117,6 +117,22 @@ class JobDriver:
                 if other.state is None or (other.error is not None and not other.is_hearsay):
                     return other
         return outcome
+
+    def _once_more(self, outcome: Outcome) -> Outcome:
+        """Where memory ran out the next attempt has half the rows in a forward pass, once; one rank alone has tried that itself."""
+        assignment, error = self._assignment, outcome.error or {}
+        if outcome.state is not JobState.FAILED or assignment is None or error.get("code") not in OUT_OF_MEMORY:
+            return outcome
+        halved_itself = (
+            error["code"] == "out_of_memory"
+            and assignment.placement.slots == 1
+            and assignment.hyperparams.offload != "parameters"
+        )
+        rows = rows_at_once(assignment)
+        if assignment.short_of_memory or halved_itself or rows == 1 or assignment.script is not None:
+            return outcome
+        told = f"it ran out of memory: once more with at most {rows // 2} row(s) in a forward pass"
+        return dataclasses.replace(outcome, state=JobState.RECOVERING, reason=told)
 
     def _start_thread(self, target: Callable[[], None]) -> None:
         """A thread that dies of what nobody foresaw takes the driver along: better dead than half alive."""

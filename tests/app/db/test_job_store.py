@@ -207,6 +207,17 @@ def test_a_checkpoint_is_committed_once(database: Database, store: SqlJobStore, 
     assert events(database, job_id).count(("checkpoint", None)) == 1
 
 
+def test_an_attempt_knows_that_an_earlier_one_ran_out_of_memory(
+    store: SqlJobStore, scheduler: SqlSchedulerStore, epoch: int, job_id: str
+) -> None:
+    assert not store.assignment(job_id, 1).short_of_memory
+    error: dict[str, str | None] = {"code": "memory_limit_exceeded", "message": "full"}
+    store.move(job_id, 1, S.RECOVERING, reason="once more", error=error)
+    scheduler.release(epoch, [(job_id, 1)])
+    assert grant(scheduler, epoch, job_id, Placement({"n1": (0,)}), 1) == 2
+    assert store.assignment(job_id, 2).short_of_memory
+
+
 def test_the_assignment_has_all_that_an_attempt_needs(
     database: Database, store: SqlJobStore, scheduler: SqlSchedulerStore, epoch: int
 ) -> None:

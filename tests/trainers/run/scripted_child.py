@@ -9,7 +9,25 @@ from pathlib import Path
 from trainers.protocol import FD_VARIABLE, Channel
 
 STEPS = 6
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS, DIES_NAMELESS, HASTY = range(15)
+(
+    GOOD,
+    DIES,
+    FAILS,
+    LINKS,
+    HANGS,
+    SLOW,
+    LIES,
+    MUTE,
+    BABBLES,
+    OBEYS,
+    STUBBORN,
+    HOG,
+    HOGS,
+    DIES_NAMELESS,
+    HASTY,
+    NO_MEMORY,
+    TORCH_NO_MEMORY,
+) = range(17)
 
 
 def main() -> None:
@@ -45,6 +63,10 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
             hog(does)
         if does == FAILS and step == 3:
             channel.send("failed", code="loss_not_finite", message="NaN", hint="lower lr", fixable_by="user", step=3)
+            wait_for_end(channel)
+        if does in (NO_MEMORY, TORCH_NO_MEMORY):
+            code = "out_of_memory" if does == TORCH_NO_MEMORY else "memory_limit_exceeded"
+            channel.send("failed", code=code, message="full", hint="smaller", fixable_by="user", step=step)
             wait_for_end(channel)
         folder = write(out / "checkpoints" / f"step-{step:08d}", {"step": str(step), "weights": "w" * step}, does)
         metrics = {"best_step": 2} if does == HASTY else {}

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import scripted_child_names as does
 from fakes_driver import JOB, World, make_world
 from waiting import PATIENCE_S, until
 
-from cluster.core.job import JobState, Wish
+from cluster.core.job import JobState, Placement, Wish
 from cluster.errors import EnvironmentError_, InvalidRequest, Unavailable
 from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
-from trainers.run.ports import LastCheckpoint
-from trainers.run.preparing import attempt_files, parts_of, prepare, train_config
+from trainers.run.ports import LastCheckpoint, Script
+from trainers.run.preparing import attempt_files, hyperparams_of, parts_of, prepare, train_config
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -160,6 +161,44 @@ def test_what_the_user_can_mend_fails_the_job_with_its_hint(tmp_path: Path) -> N
         "hint": "lower lr",
         "fixable_by": "user",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 4),
+        ({"placement": Placement({"n1": (0, 1)})}, 2),
+        ({"hyperparams": {"micro_batch_size": 3}}, 1),
+        ({"hyperparams": {"micro_batch_size": 1}}, None),
+        ({"short_of_memory": True}, None),
+        ({"script": Script(["train.py"], {})}, None),
+    ],
+)
+def test_who_runs_out_of_memory_is_tried_once_more_with_half_the_rows(
+    tmp_path: Path, changes: dict[str, Any], rows: int | None
+) -> None:
+    hyper = Hyperparams(seed=does.NO_MEMORY, **changes.pop("hyperparams", {}))
+    made = make_world(tmp_path, SCRIPT, hyperparams=hyper)
+    made.store.given = replace(made.store.given, **changes)
+    run(made)
+    state, reason = made.store.moves[-1]
+    assert made.store.error is not None and made.store.error["code"] == "memory_limit_exceeded"
+    if rows is None:
+        assert state is JobState.FAILED
+    else:
+        assert state is JobState.RECOVERING and f"at most {rows} row(s)" in reason
+        again = replace(made.store.given, short_of_memory=True)
+        assert hyperparams_of(again) == replace(hyper, micro_batch_size=rows)
+    assert hyperparams_of(made.store.given) == hyper or made.store.given.short_of_memory
+
+
+@pytest.mark.parametrize(
+    ("slots", "offload", "again"), [(1, "none", False), (2, "none", True), (1, "parameters", True)]
+)
+def test_one_rank_alone_has_halved_its_rows_itself(tmp_path: Path, slots: int, offload: str, again: bool) -> None:
+    hyper = Hyperparams(seed=does.TORCH_NO_MEMORY, offload=offload)
+    made = run(make_world(tmp_path, SCRIPT, hyperparams=hyper, placement=Placement({"n1": tuple(range(slots))})))
+    assert made.store.state is (JobState.RECOVERING if again else JobState.FAILED)
 
 
 @pytest.mark.parametrize("seed", [does.LINKS, does.LIES])
