@@ -11,7 +11,6 @@ from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement, Wish
 from trainers.config import Hyperparams
 
-
 OUT_OF_MEMORY = ("out_of_memory", "memory_limit_exceeded")
 """Codes of failures that fewer rows in a forward pass may mend."""
 
