@@ -36,6 +36,7 @@ _LEAVE_S = 10.0
 _UPLOAD_TRIES = 4
 _PROGRESS_S = 10.0
 """Between two words about the same upload."""
+_SUPERSEDED = "superseded"
 _OF_COMPANIONS = ("hello", "log", "failed")
 """All that is to be said on a gang's nodes without rank 0."""
 
@@ -169,7 +170,8 @@ class Worker:
         except JobFailure as error:
             self._fail(error)
         except HeliostatError as error:
-            self._tell("log", level="warning", message=f"{error.message}; training goes on")
+            if error.code != _SUPERSEDED:
+                self._tell("log", level="warning", message=f"{error.message}; training goes on")
         self._obey({"order": "dropped", "step": step}, child)
 
     def _store_artifact(self, message: Record) -> None:
@@ -198,9 +200,7 @@ class Worker:
     def _give_up_if(self, superseded: bool, step: int) -> None:
         if superseded:
             raise Unavailable(
-                f"the checkpoint of step {step} is not stored: a newer one was there before it was its turn",
-                code="superseded",
-                fixable_by="nobody",
+                f"the checkpoint of step {step} is not stored: a newer one was there first", code=_SUPERSEDED
             )
 
     def _told_of(self, message: Record) -> Callable[[int], None]:

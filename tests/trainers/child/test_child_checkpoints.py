@@ -12,6 +12,7 @@ from waiting import until
 from trainers.child.control import MAX_UNSAVED, MOST_OF_TIME, Actions, Control
 from trainers.child.custom.course import Course
 from trainers.child.custom.kept import Custody, Position
+from trainers.child.main import Printer, environment
 from trainers.child.rank import run_rank
 from trainers.child.world import World
 
@@ -119,6 +120,21 @@ def test_scripts_checkpoints_keep_to_the_same_rules(tmp_path: Path) -> None:
     now += EVERY_S
     course.saved(3)
     assert course.due and last.exists()
+
+
+def test_without_a_worker_older_checkpoints_go_too(
+    tiny_llama: Path, capitals: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As under torchrun."""
+    run_rank(make_config(tiny_llama, capitals, tmp_path, keep_checkpoints=1), 0, 1, Printer())
+    until(lambda: [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000006"])
+    assert capfd.readouterr().out.count('"type": "checkpoint"') == 6
+
+
+def test_ranks_of_several_nodes_choose_their_own_interface() -> None:
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    one, two = (environment({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": size}) for size in ("2", "4"))
+    assert one == two | loopback and not two.keys() & loopback.keys()
 
 
 def test_a_training_whose_storage_is_down_keeps_the_disk_small(
