@@ -19,12 +19,12 @@ from trainers.child.model import Loaded
 from trainers.child.packing import PACKED_TOKENS
 from trainers.child.parted import is_parted
 from trainers.child.render import Row, question
+from trainers.child.samples import samples
 from trainers.child.token_cache import TokenCache
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
 MAX_BATCH = 16
-SAMPLE_CHARS = 2000
 TURN_END = "<|im_end|>"
 """Plain text for a tokenizer that does not know it, where ChatML was added to a base model."""
 
@@ -132,11 +132,7 @@ class Evaluator:
             return []
         shown = validation.asked[: self._config.sample_rows]
         answers = self._answers(shown, validation.ends, self._config.max_new_tokens)
-        cut = slice(SAMPLE_CHARS)
-        return [
-            {"prompt": one.prompt[-SAMPLE_CHARS:], "expected": one.expected[cut], "answer": answer[cut]}
-            for one, answer in zip(shown, answers, strict=True)
-        ]
+        return samples([(one.prompt, one.expected, answer) for one, answer in zip(shown, answers, strict=True)])
 
     def _batches(self, rows: int, size: int, what: str) -> Iterator[list[int]]:
         """This rank's share. Every rank gets equally many batches, the last ones may be empty."""

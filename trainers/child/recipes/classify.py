@@ -17,11 +17,10 @@ from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_
 from trainers.child.loss import sent
 from trainers.child.memory import MemoryLimit
 from trainers.child.rows import read_data
+from trainers.child.samples import samples
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
 from trainers.child.world import World
 from trainers.config import TrainConfig
-
-SAMPLE_CHARS = 2000
 
 
 def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit) -> None:
@@ -147,7 +146,5 @@ class _Judge:
         told = self.classifier(examples).argmax(-1)[: len(examples)]
         if self.world.rank != 0:
             return []
-        return [
-            {"prompt": one.text[-SAMPLE_CHARS:], "expected": self.names[one.label], "answer": self.names[answer]}
-            for one, answer in zip(examples, told.tolist(), strict=True)
-        ]
+        named = zip(examples, told.tolist(), strict=True)
+        return samples([(one.text, self.names[one.label], self.names[answer]) for one, answer in named])
