@@ -67,10 +67,14 @@ class MemoryStore:
     freed: int = 0
     allowed: Allowance | None = None
     on_checkpoint: Callable[[], None] = lambda: None
+    refuses: dict[str, Exception] = field(default_factory=dict)
+    """Method → what it raises, whenever it is asked."""
 
-    def _check(self, attempt: int) -> None:
+    def _check(self, attempt: int, method: str = "") -> None:
         if self.down:
             raise Unavailable("the database is down")
+        if method in self.refuses:
+            raise self.refuses[method]
         if attempt != self.attempt:
             raise Fenced("another attempt owns the job")
 
@@ -123,7 +127,7 @@ class MemoryStore:
             self.events.append((type, message, data or {}))
 
     def record_steps(self, job_id: str, attempt: int, steps: Sequence[StepRow]) -> None:
-        self._check(attempt)
+        self._check(attempt, "record_steps")
         self.steps |= {row.step: row for row in steps}
 
     def commit_checkpoint(
@@ -143,7 +147,7 @@ class MemoryStore:
         metrics: dict[str, Any],
         lineage: dict[str, Any],
     ) -> str:
-        self._check(attempt)
+        self._check(attempt, "finish")
         assert self.state is JobState.ARCHIVING
         self.state = JobState.SUCCEEDED
         self.result = {"prefix": prefix, "files": files, "metrics": metrics, "lineage": lineage}

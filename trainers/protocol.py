@@ -5,10 +5,11 @@ worker → child
     start     {config}                                   first message; `config` is a `trainers.config.TrainConfig` as a dict
     command   {id, command: checkpoint|park|resume|stop|ping}
     saved     {step}                                     the checkpoint of that step is durable; older ones may go
+    dropped   {step}                                     that one will not be stored: a newer one was, or storage took none
     release   {action}                                   to parked ranks of another node than rank 0's: what that one does
 child → worker
     hello     {pid, python, torch, transformers, peft, packages?}     imports are done
-    progress  {what, done, total}                        rows, of a long pass before the first step
+    progress  {what, done, total}                        of a long pass or step; total 0: not known
     ready     {steps, epochs, start_step, trainable_parameters, parameters, tokens_per_epoch, rows, threads, precision,
                kernels: torch|liger, worlds}
     evaluated {step, when: before|during|after, loss, exact_match?, rows, samples?: [{prompt, expected, answer}]}

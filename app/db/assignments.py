@@ -8,12 +8,12 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Checkpoint, Code, Dataset, Job, Lease, ModelVersion, Table, Tenant
-from cluster.core.job import Node, Placement
+from app.db.models import BaseModel, Checkpoint, Code, Dataset, Event, Job, Lease, ModelVersion, Table, Tenant
+from cluster.core.job import JobState, Node, Placement
 from cluster.errors import Conflict, NotFound
 from cluster.storage.objects import folder_sha256
 from trainers.config import Hyperparams
-from trainers.run.ports import Assignment, LastCheckpoint, Script
+from trainers.run.ports import OUT_OF_MEMORY, Assignment, LastCheckpoint, Script
 
 T = TypeVar("T", bound=Table)
 
@@ -65,7 +65,15 @@ def _read(session: Session, job: Job, attempt: int, placement: Placement, kind: 
         script=_script(session, job),
         best=_told(_best_checkpoint(session, checkpoint)),
         outputs=tuple(job.request.get("outputs") or ()),
+        short_of_memory=_short_of_memory(session, job.id),
     )
+
+
+def _short_of_memory(session: Session, job_id: str) -> bool:
+    """Whether an attempt recovered from that before."""
+    code = Event.data["error"]["code"].astext
+    recovered = (Event.type == "state", Event.data["to"].astext == JobState.RECOVERING, code.in_(OUT_OF_MEMORY))
+    return session.scalar(select(Event.seq).where(Event.job_id == job_id, *recovered).limit(1)) is not None
 
 
 def _script(session: Session, job: Job) -> Script | None:

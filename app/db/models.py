@@ -208,14 +208,14 @@ class Step(Table):
 
     __tablename__ = "steps"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    step: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     tenant_id: Mapped[str] = _tenant()
     attempt: Mapped[int]
     epoch: Mapped[float]
     loss: Mapped[float]
     lr: Mapped[float]
     grad_norm: Mapped[float]
-    tokens: Mapped[int]
+    tokens: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
     created_at: Mapped[datetime] = _now()
 
@@ -226,7 +226,7 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     tenant_id: Mapped[str] = _tenant()
     attempt: Mapped[int]
-    step: Mapped[int]
+    step: Mapped[int] = mapped_column(BigInteger)
     prefix: Mapped[str]
     files: Mapped[dict[str, Any]]  # name → sha256
     metrics: Mapped[dict[str, Any]]

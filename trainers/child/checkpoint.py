@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure
 from trainers.child.folders import aside, discard, publish, total_bytes
 from trainers.child.model import STATE_FILE
-from trainers.child.optimizer import Saved, write_state
+from trainers.child.optimizer import Named, Saved, write_state
 from trainers.child.outputs.history import Journal
 from trainers.child.parted import whole_weights
 from trainers.child.world import World
@@ -55,9 +55,13 @@ class Written:
     sha256: dict[str, str]
 
 
+def _untold(what: str, done: int, total: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Store:
-    """The checkpoints of one run under `output_dir`."""
+    """The checkpoints of one run under `output_dir`. `progress`: told of a large one, tensor by tensor."""
 
     config: TrainConfig
     world: World
@@ -65,6 +69,7 @@ class Store:
     precision: str
     kernels: str
     journal: Journal = field(default_factory=Journal)
+    progress: Callable[[str, int, int], None] = _untold
 
     @property
     def folder(self) -> Path:
@@ -76,7 +81,7 @@ class Store:
         the disk, checks, hashes, and names the checkpoint. Raises OSError, both."""
         target = self.folder / f"step-{position.step:08d}"
         temporary = aside(target) if self.world.rank == 0 else None
-        write_state(engine.state(), temporary)
+        write_state(self._told(engine.state(), position.step), temporary)
         weights = whole_weights(model, self.world)
         random_states = self.world.gathered(_random_state(self.world))
         if temporary is not None:
@@ -89,6 +94,11 @@ class Store:
             (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         self.world.barrier()
         return None if temporary is None else lambda: _named(position.step, temporary, target)
+
+    def _told(self, state: Iterator[Named], step: int) -> Iterator[Named]:
+        for number, named in enumerate(state, 1):
+            yield named
+            self.progress(f"checkpoint of step {step}, tensors", number, 0)
 
     def read(self, folder: Path, engine: Engine) -> Position:
         """Restores engine and random generators; the weights are loaded already, since they lie there as a model does.
@@ -116,6 +126,9 @@ class Store:
         for path in older[: -max(1, self.config.keep_checkpoints)]:
             if step_of(path) != keep:
                 discard(path)
+
+    def drop(self, step: int) -> None:
+        discard(self.folder / f"step-{step:08d}")
 
     def weights_of(self, step: int, began: int) -> Path | None:
         """Where the weights of an earlier step lie; `began`: the step at which this attempt began."""

@@ -17,6 +17,12 @@ from trainers.child.world import World
 from trainers.protocol import Message
 
 GO_ON, CHECKPOINT, PARK, STOP = range(4)
+PROGRESS_S = 5.0
+"""Between two words about the same long pass."""
+MAX_UNSAVED = 2
+"""So many checkpoints lie here, and nobody knows whether they are stored, before no further one is due."""
+MOST_OF_TIME = 0.1
+"""That checkpoints may hold the training up: where one takes long, they become rarer."""
 ACTIONS = {"checkpoint": CHECKPOINT, "park": PARK, "resume": GO_ON, "stop": STOP}
 
 
@@ -31,16 +37,20 @@ class Wire(Protocol):
 @dataclass(frozen=True)
 class Actions:
     """What only the recipe can do. `save` runs on all ranks together, and may leave the slow part to a thread; `settle` waits
-    for that; `prune` frees what an older step left; `leave` gives the accelerator's memory back, `come_back` takes it again."""
+    for that; `prune` frees what an older step left, `drop` what that step did; `leave` gives the accelerator's memory
+    back, `come_back` takes it again."""
 
     save: Callable[[], None]
     prune: Callable[[int], None]
+    drop: Callable[[int], None] = lambda step: None
     settle: Callable[[], None] = lambda: None
     leave: Callable[[], None] = lambda: None
     come_back: Callable[[], None] = lambda: None
 
 
 class Control:
+    """`checkpoint_every_s`: 0: after each step, whatever that costs and however many are not stored yet."""
+
     def __init__(
         self, wire: Wire, world: World, checkpoint_every_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
@@ -52,7 +62,9 @@ class Control:
         self._clock = clock
         self._actions: Actions | None = None
         self._saved_step = 0
-        self._saved_at = clock()
+        self._saved_at = self._told_at = clock()
+        self._cost_s = 0.0
+        self._unsaved: set[int] = set()
         self._commands: queue.Queue[Message] = queue.Queue()
         self._released: queue.Queue[int] = queue.Queue()
         self._lock = threading.Lock()
@@ -77,6 +89,13 @@ class Control:
         """A message to the worker, from rank 0 only."""
         if self._world.rank == 0:
             self._wire.send(type, **fields)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Of a pass that may take long, from within it, as often as one likes: so that it is not taken for one that hangs."""
+        now = self._clock()
+        if now - self._told_at >= PROGRESS_S:
+            self._told_at = now
+            self.emit("progress", what=what, done=done, total=total)
 
     @contextlib.contextmanager
     def during(self, state: str) -> Iterator[None]:
@@ -124,13 +143,31 @@ class Control:
         if self.step > self._saved_step:
             if self._parked:
                 self._actions.come_back()
+            with self._lock:
+                self._unsaved.add(self.step)
+            began = self._clock()
             with self.during("checkpointing"):
                 self._actions.save()
             if self._parked:
                 self._actions.leave()
             self._saved_step, self._saved_at = self.step, self._clock()
+            self._note_cost(self._saved_at - began)
         if wait:
             self._actions.settle()
+
+    def _note_cost(self, seconds: float) -> None:
+        """What the training waited for; the disk's part has a thread of its own."""
+        before, self._cost_s = self._period_s, seconds
+        if before == self._every_s < self._period_s:
+            message = (
+                f"A checkpoint holds the training up for {seconds:.1f} s: from now on one about every {self._period_s:.0f} s, "
+                f"so that they take at most {MOST_OF_TIME:.0%} of its time."
+            )
+            self.emit("log", level="info", message=message)
+
+    @property
+    def _period_s(self) -> float:
+        return max(self._every_s, self._cost_s / MOST_OF_TIME) if self._every_s else 0.0
 
     def close(self) -> None:
         """The loop asks no more: from now on commands are answered as they come."""
@@ -159,7 +196,9 @@ class Control:
         return ACTIONS[command["command"]], command
 
     def _due(self) -> bool:
-        return self.step > self._saved_step and self._clock() - self._saved_at >= self._every_s
+        if self.step <= self._saved_step or self._clock() - self._saved_at < self._period_s:
+            return False
+        return not self._every_s or len(self._unsaved) < MAX_UNSAVED
 
     def _answer(self, command: Message | None) -> None:
         if command is not None:
@@ -174,9 +213,8 @@ class Control:
     def _take(self, message: Message) -> None:
         if message["type"] == "release":
             self._released.put(message["action"])
-        elif message["type"] == "saved":
-            if self._actions is not None:
-                self._actions.prune(message["step"])
+        elif message["type"] in ("saved", "dropped"):
+            self._let_go(message["step"], saved=message["type"] == "saved")
         elif message["type"] == "command":
             with self._lock:
                 waits = message["command"] in ACTIONS and not self._closed
@@ -184,3 +222,10 @@ class Control:
                     self._commands.put(message)
             if not waits:
                 self._answer(message)
+
+    def _let_go(self, step: int, *, saved: bool) -> None:
+        """Uploads go in order: what is older than a stored one is stored, too, or dropped."""
+        with self._lock:
+            self._unsaved -= {one for one in self._unsaved if one == step or (saved and one < step)}
+        if self._actions is not None:
+            (self._actions.prune if saved else self._actions.drop)(step)

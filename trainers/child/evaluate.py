@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from trainers.child.control import Control
 from trainers.child.data import IGNORED, TOKENS_PER_FORWARD, Encoded, Example, encode, encode_row
@@ -19,12 +19,12 @@ from trainers.child.model import Loaded
 from trainers.child.packing import PACKED_TOKENS
 from trainers.child.parted import is_parted
 from trainers.child.render import Row, question
+from trainers.child.samples import samples
 from trainers.child.token_cache import TokenCache
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
 MAX_BATCH = 16
-SAMPLE_CHARS = 2000
 TURN_END = "<|im_end|>"
 """Plain text for a tokenizer that does not know it, where ChatML was added to a base model."""
 
@@ -109,7 +109,8 @@ class Evaluator:
         examples = sorted(encoded.examples, key=lambda example: len(example.ids))
         room = PACKED_TOKENS if self._loss.packs else TOKENS_PER_FORWARD
         size = max(1, min(MAX_BATCH, room // encoded.max_seq_len))
-        total = sum(self._summed([examples[i] for i in batch]) for batch in self._batches(len(examples), size))
+        batches = self._batches(len(examples), size, "evaluation, rows")
+        total = sum(self._summed([examples[i] for i in batch]) for batch in batches)
         return self._world.sum(total)[0] / sum(example.loss_tokens for example in examples)
 
     def _summed(self, examples: Sequence[Example]) -> float:
@@ -118,7 +119,7 @@ class Evaluator:
     def _exact_match(self, validation: Validation) -> float:
         ordered = sorted(validation.asked, key=lambda one: len(one.ids))
         right = 0
-        for batch in self._batches(len(ordered), MAX_BATCH):
+        for batch in self._batches(len(ordered), MAX_BATCH, "evaluation, answers"):
             asked = [ordered[i] for i in batch]
             # no longer than it takes to see whether an answer is the expected one
             limit = max((one.answer_tokens for one in asked), default=0) + 2
@@ -131,18 +132,15 @@ class Evaluator:
             return []
         shown = validation.asked[: self._config.sample_rows]
         answers = self._answers(shown, validation.ends, self._config.max_new_tokens)
-        cut = slice(SAMPLE_CHARS)
-        return [
-            {"prompt": one.prompt[-SAMPLE_CHARS:], "expected": one.expected[cut], "answer": answer[cut]}
-            for one, answer in zip(shown, answers, strict=True)
-        ]
+        return samples([(one.prompt, one.expected, answer) for one, answer in zip(shown, answers, strict=True)])
 
-    def _batches(self, rows: int, size: int) -> Iterator[list[int]]:
+    def _batches(self, rows: int, size: int, what: str) -> Iterator[list[int]]:
         """This rank's share. Every rank gets equally many batches, the last ones may be empty."""
         share = list(range(rows))[self._world.rank :: self._world.size]
         for start in range(0, math.ceil(rows / self._world.size), size):
             self._control.between()
             yield share[start : start + size]
+            self._control.progress(what, min(rows, (start + size) * self._world.size), rows)
 
     def _answers(self, asked: Sequence[Asked], ends: list[int], limit: int) -> list[str]:
         """Greedy answers of at most `limit` tokens, stripped."""
@@ -161,10 +159,22 @@ class Evaluator:
                     pad_token_id=pad,
                     eos_token_id=ends or None,
                 ),
+                stopping_criteria=StoppingCriteriaList([_Telling(self._control)]),
                 synced_gpus=self._together,
             )
         texts = self._tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)[: len(asked)]
         return [text.strip().removesuffix(TURN_END).strip() for text in texts]
+
+
+class _Telling(StoppingCriteria):
+    """Stops nothing: asked after each token of a batch of answers, which may take long."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._control.progress("evaluation, tokens of the answers", input_ids.shape[1], 0)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextlib.contextmanager

@@ -6,26 +6,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
-import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainers.config import TrainConfig, launcher_of
 from trainers.protocol import FD_VARIABLE, Message, pair
 
+ONE_NODE_ONLY = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR")
+"""Of the launcher's environment: ranks of several nodes do not meet on the loopback."""
+
 
 class Printer:
-    """A rank's wire where there is no launcher: it prints, and nobody commands."""
+    """A rank's wire where there is no launcher: it prints, every checkpoint counts as durable where it lies, and nobody commands."""
+
+    def __init__(self) -> None:
+        self._answers: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def send(self, type: str, **fields: Any) -> None:
         sys.stdout.write(json.dumps({"type": type, **fields}) + "\n")
         sys.stdout.flush()
+        if type == "checkpoint":
+            self._answers.put({"type": "saved", "step": fields["step"]})
 
     def receive(self) -> Message | None:
-        threading.Event().wait()  # nothing ever comes
-        return None
+        return self._answers.get()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,18 +47,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _as_rank(config: dict[str, Any]) -> int:
-    from trainers.child.launcher import ENVIRONMENT
     from trainers.child.rank import run_rank
 
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment(os.environ).items():
         os.environ.setdefault(name, value)
-    size = int(os.environ["WORLD_SIZE"])
-    run_rank(TrainConfig.from_dict({**config, "world_size": size}), int(os.environ["RANK"]), size, Printer())
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    here = {"node_ranks": int(os.environ["LOCAL_WORLD_SIZE"]), "first_rank": rank - int(os.environ["LOCAL_RANK"])}
+    run_rank(TrainConfig.from_dict({**config, "world_size": size, **here}), rank, size, Printer())
     return 0
 
 
+def environment(torchrun: Mapping[str, str]) -> dict[str, str]:
+    """What a rank needs beside what torchrun has set."""
+    from trainers.child.launcher import ENVIRONMENT
+
+    one_node = torchrun["LOCAL_WORLD_SIZE"] == torchrun["WORLD_SIZE"]
+    return {name: value for name, value in ENVIRONMENT.items() if one_node or name not in ONE_NODE_ONLY}
+
+
 def _with_launcher(config: dict[str, Any]) -> int:
-    """Plays the worker: every checkpoint counts as durable where it lies."""
+    """Plays the worker."""
     ours, theirs = pair()
     environment = {**os.environ, FD_VARIABLE: str(theirs.fileno())}
     command = [sys.executable, "-m", launcher_of(config.get("method", ""))]

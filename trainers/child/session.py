@@ -18,6 +18,7 @@ from trainers.child.artifact import Run, load_saved, write_artifact
 from trainers.child.checkpoint import Position, Store, Written, identity_of
 from trainers.child.control import Actions, Control
 from trainers.child.data import Plan
+from trainers.child.deepspeed_config import zero_stage
 from trainers.child.engine import Engine
 from trainers.child.failure import TrainFailure, describe, is_memory
 from trainers.child.memory import MemoryLimit
@@ -112,14 +113,17 @@ class Session:
         config = self.place.config
         require_forms(config)
         identity = identity_of(config, self.loaded.precision)
-        self.store = Store(config, self.place.world, identity, self.loaded.precision, self.loaded.kernels)
+        control, loaded = self.place.control, self.loaded
+        self.store = Store(
+            config, self.place.world, identity, loaded.precision, loaded.kernels, progress=control.progress
+        )
         self.position = self.position.continued_by(self.place.world.size)
         if config.resume_from:
             self.position = self.store.read(Path(config.resume_from), self.engine)
         self._began = self.position.step
         parking = Parking(self._tensors, self.place.world.device)
-        actions = Actions(self._save, self._prune, self._settle, parking.leave, parking.come_back)
-        self.place.control.attach(actions, self.position.step)
+        actions = Actions(self._save, self._prune, self._drop, self._settle, parking.leave, parking.come_back)
+        control.attach(actions, self.position.step)
         self.place.memory.check()
 
     def run(self, trainer: Trainer, facts: DataFacts) -> None:
@@ -179,12 +183,13 @@ class Session:
         self.place.control.emit("step", step=step.number, epoch=self.plan.epoch(step.number), **done, seconds=seconds)
 
     def _train(self, trainer: Trainer, step: int) -> Fields:
-        """Again with half the micro-batch where the memory was too small; several ranks could not agree on that."""
+        """Again with half the micro-batch where the memory was too small. Not with several ranks, which could not agree on that,
+        nor with DeepSpeed, which keeps gradients of its own: the next attempt does it there."""
         while True:
             try:
                 return trainer.step(step)
             except (RuntimeError, MemoryError) as error:
-                if not is_memory(error) or self.place.world.size > 1 or not trainer.micro.halve():
+                if not is_memory(error) or not self._may_halve or not trainer.micro.halve():
                     raise
             for parameter in self.loaded.model.parameters():
                 parameter.grad = None
@@ -192,6 +197,10 @@ class Session:
                 torch.cuda.empty_cache()
             rows = f"at most {trainer.micro.size} row(s) in a forward pass"
             warn(self.place.control, f"Step {step} ran out of memory; once more with {rows}.")
+
+    @property
+    def _may_halve(self) -> bool:
+        return self.place.world.size == 1 and zero_stage(self.place.config) == 0
 
     def _save(self) -> None:
         """One at a time: the disk sets the pace, and the system keeps one snapshot."""
@@ -224,7 +233,12 @@ class Session:
         yield from self.engine.tensors()
 
     def _prune(self, durable: int) -> None:
-        self.store.prune(durable, self.position.metrics.get(BEST_STEP) if self._keeps_best() else None)
+        self.store.prune(durable, self._best_step)
+
+    def _drop(self, step: int) -> None:
+        """Nobody stores it: it is of use only as the best one."""
+        if step != self._best_step:
+            self.store.drop(step)
 
     # ── the best weights ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,6 +247,10 @@ class Session:
         hyper = self.place.config.hyperparams
         wanted = hyper.load_best_model_at_end
         return self.evaluate is not None and (wanted if wanted is not None else bool(hyper.early_stopping_patience))
+
+    @property
+    def _best_step(self) -> int | None:
+        return self.position.metrics.get(BEST_STEP) if self._keeps_best() else None
 
     def _return_to_best(self) -> None:
         """The last weights compete too."""

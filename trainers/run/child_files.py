@@ -3,10 +3,11 @@ the stored bytes have the hash that was announced."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -25,13 +26,16 @@ class Upload:
         self._output = output
         self._max_bytes = max_bytes
 
-    def store(self, folder: str, sha256: dict[str, str], prefix: str) -> dict[str, str]:
-        """Stores the named files of `folder` under `prefix`, the manifest last; {name: sha256}.
-        Raises `JobFailure` (`output_refused`), OSError when the storage does not take it."""
+    def store(
+        self, folder: str, sha256: dict[str, str], prefix: str, told: Callable[[int], None] = lambda size: None
+    ) -> dict[str, str]:
+        """Stores the named files of `folder` under `prefix`, the manifest last; {name: sha256}. `told`: of each piece that was
+        read, its bytes; what it raises ends the upload. Raises `JobFailure` (`output_refused`), OSError when the storage does
+        not take it."""
         inside = self._relative(folder)
         left = self._max_bytes
         for name, announced in sorted(sha256.items()):
-            with _open_below(self._output, inside / _plain(name)) as source:
+            with _open_below(self._output, inside / _plain(name), told) as source:
                 left -= os.fstat(source.fileno()).st_size
                 if left < 0:
                     raise _refused(f"it has more than {self._max_bytes} bytes")
@@ -57,8 +61,21 @@ def _plain(name: str) -> PurePosixPath:
     return path
 
 
+class _Told(io.BufferedReader):
+    """A file that tells of each piece that is read."""
+
+    def __init__(self, fd: int, told: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(fd, "rb"))
+        self._told = told
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self._told(len(data))
+        return data
+
+
 @contextmanager
-def _open_below(root: Path, name: PurePosixPath) -> Iterator[IO[bytes]]:
+def _open_below(root: Path, name: PurePosixPath, told: Callable[[int], None]) -> Iterator[IO[bytes]]:
     """Opened step by step without following links, so that nothing can be swapped in between look and read."""
     with ExitStack() as opened:
         try:
@@ -70,7 +87,7 @@ def _open_below(root: Path, name: PurePosixPath) -> Iterator[IO[bytes]]:
             fd = os.open(name.parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except OSError as error:
             raise _refused(f"{name} cannot be opened as a regular file ({error.strerror})") from None
-        source = opened.enter_context(os.fdopen(fd, "rb"))
+        source = opened.enter_context(_Told(fd, told))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise _refused(f"{name} is not a regular file")
         yield source

@@ -210,12 +210,12 @@ class Conversation:
         self._since("imports", record, "spawned")
 
     def _progress(self, record: Record) -> None:
-        """Of a long pass before the first step: now and then, so that it is not taken for one that hangs."""
+        """Of a long pass or step, or of files that are stored: now and then, so that it is not taken for one that hangs."""
         now = record["at"]
         if now - self._at.get("progress", 0.0) >= PROGRESS_S:
             self._at["progress"] = now
             what, done, total = record["what"][:200], record["done"], record["total"]
-            told = f"{done} of {total} rows" if total else f"{done}"
+            told = f"{done} of {total}" if total else f"{done}"
             self.event("progress", f"{what}: {told}", {"what": what, "done": done, "total": total})
 
     def _ready(self, record: Record) -> None:

@@ -19,8 +19,8 @@ from cluster.storage.objects import ObjectStore
 from trainers.run.conversation import Conversation, Intent, Listeners
 from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
-from trainers.run.ports import Assignment
-from trainers.run.preparing import CPU, lineage, parts_of, prepare
+from trainers.run.ports import OUT_OF_MEMORY, Assignment
+from trainers.run.preparing import CPU, lineage, parts_of, prepare, rows_at_once
 from trainers.run.records import RecordWriter
 from trainers.run.turns import TurnActions, Turns
 
@@ -47,7 +47,8 @@ class JobDriver:
         self._agents = agents
         self._gang = gang
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._writer = RecordWriter(parts.settings.max_waiting_records, self._on_fenced, self._on_broken)
+        waiting = parts.settings.max_waiting_records
+        self._writer = RecordWriter(waiting, self._on_fenced, self._on_refused, self._on_broken)
         self._woken = threading.Event()
         listeners = Listeners(self._outcomes.put, self.nudge, self._discard)
         self._conversation = Conversation(self._job, parts.store, self._writer, listeners)
@@ -93,7 +94,7 @@ class JobDriver:
         self._writer.start()
         self._start_thread(self._keep_lease)
         self._start_thread(self._train)
-        outcome = self._first_hand(self._outcomes.get())  # the first word counts
+        outcome = self._once_more(self._first_hand(self._outcomes.get()))  # the first word counts
         log.info("attempt %s ends: %s, %s", self._job, outcome.state, outcome.reason)
         self._clear()
         if outcome.state is None:
@@ -117,6 +118,22 @@ class JobDriver:
                     return other
         return outcome
 
+    def _once_more(self, outcome: Outcome) -> Outcome:
+        """Where memory ran out the next attempt has half the rows in a forward pass, once; one rank alone has tried that itself."""
+        assignment, error = self._assignment, outcome.error or {}
+        if outcome.state is not JobState.FAILED or assignment is None or error.get("code") not in OUT_OF_MEMORY:
+            return outcome
+        halved_itself = (
+            error["code"] == "out_of_memory"
+            and assignment.placement.slots == 1
+            and assignment.hyperparams.offload != "parameters"
+        )
+        rows = rows_at_once(assignment)
+        if assignment.short_of_memory or halved_itself or rows == 1 or assignment.script is not None:
+            return outcome
+        told = f"it ran out of memory: once more with at most {rows // 2} row(s) in a forward pass"
+        return dataclasses.replace(outcome, state=JobState.RECOVERING, reason=told)
+
     def _start_thread(self, target: Callable[[], None]) -> None:
         """A thread that dies of what nobody foresaw takes the driver along: better dead than half alive."""
 
@@ -134,6 +151,11 @@ class JobDriver:
     def _on_fenced(self) -> None:
         self._writer.abandon()
         self._outcomes.put(Outcome(None, "another attempt owns the job"))
+
+    def _on_refused(self, error: HeliostatError) -> None:
+        """The next attempt would bring the same value."""
+        log.warning("attempt %s: a record was refused: %s", self._job, error)
+        self._outcomes.put(_refused(error))
 
     def _on_broken(self) -> None:
         self._broken = True
@@ -269,7 +291,12 @@ class JobDriver:
                 self._store.move(*self._job, outcome.state, reason=outcome.reason, error=outcome.error)
             return
         made = outcome.artifact
-        self._store.finish(*self._job, made["prefix"], made["files"], made["metrics"], self._lineage())
+        try:
+            self._store.finish(*self._job, made["prefix"], made["files"], made["metrics"], self._lineage())
+        except (Unavailable, Fenced):
+            raise
+        except HeliostatError as error:
+            self._write_end(_refused(error))
 
     def _lineage(self) -> dict[str, Any]:
         """What a version needs to be made again: data, code, configuration, and the identity of the run."""
@@ -289,3 +316,7 @@ class JobDriver:
             "packages": self._conversation.hello,
             "run": self._conversation.ready,
         }
+
+
+def _refused(error: HeliostatError) -> Outcome:
+    return Outcome(JobState.FAILED, error.message, error.as_dict())

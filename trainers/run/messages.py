@@ -1,5 +1,5 @@
-"""What a child says is hostile until it was checked: types, finite numbers, no NUL characters and no half
-surrogate pairs (PostgreSQL has none)."""
+"""What a child says is hostile until it was checked: types, finite numbers of at most 64 bits, no NUL characters and no
+half surrogate pairs (PostgreSQL has none)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cluster.errors import JobFailure
 NUMBER = (int, float)
 MAX_ACTION = 3
 """Of `trainers.child.control`."""
+MAX_INTEGER = 2**63 - 1
 _Types = type | tuple[type, ...]
 
 FIELDS: dict[str, dict[str, _Types]] = {
@@ -61,6 +62,8 @@ def _check_hashes(hashes: dict[str, Any], kind: str) -> None:
 def _clean(value: Any, kind: str) -> Any:
     if isinstance(value, str):
         return value.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise _violation(f"its message {kind} has a whole number of more than 64 bits")
     if isinstance(value, float) and not math.isfinite(value):
         raise _violation(f"its message {kind} has a number that is not finite")
     if isinstance(value, dict):

@@ -11,6 +11,9 @@ from cluster.core.events import How
 from cluster.core.job import JobState, Node, Placement, Wish
 from trainers.config import Hyperparams
 
+OUT_OF_MEMORY = ("out_of_memory", "memory_limit_exceeded")
+"""Codes of failures that fewer rows in a forward pass may mend."""
+
 
 @dataclass(frozen=True)
 class LastCheckpoint:
@@ -74,6 +77,8 @@ class Assignment:
     """The checkpoint with the lowest validation loss so far, where it is another one than `checkpoint`."""
     outputs: tuple[str, ...] = ()
     """More forms of the model that were asked for: merged, gguf."""
+    short_of_memory: bool = False
+    """An earlier attempt ran out of memory: this one has half as many rows in a forward pass."""
 
 
 @dataclass(frozen=True)

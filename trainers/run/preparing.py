@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import queue
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 from cluster.staging import caches_of
 from cluster.storage.objects import ObjectStore, folder_sha256
-from trainers.config import TrainConfig
+from trainers.config import Hyperparams, TrainConfig
 from trainers.run.child_files import MANIFEST
 from trainers.run.parts import AgentHandle, Agents, DriverSettings, Report, WorkerTask
 from trainers.run.ports import Assignment
@@ -205,7 +206,7 @@ def train_config(
         method=assignment.method,
         task=assignment.task,
         training_type=assignment.training_type,
-        hyperparams=assignment.hyperparams,
+        hyperparams=hyperparams_of(assignment),
         precision=assignment.precision,
         world_size=assignment.placement.slots,
         first_rank=part.first_rank,
@@ -224,6 +225,20 @@ def train_config(
         best_checkpoint=f"{scratch}/{BEST}" if assignment.best else None,
         outputs=[*assignment.outputs, *ALWAYS],
     )
+
+
+def hyperparams_of(assignment: Assignment) -> Hyperparams:
+    """The micro-batch changes rounding only: a run that was short of memory goes on with a smaller one."""
+    if not assignment.short_of_memory:
+        return assignment.hyperparams
+    return replace(assignment.hyperparams, micro_batch_size=max(1, rows_at_once(assignment) // 2))
+
+
+def rows_at_once(assignment: Assignment) -> int:
+    """In one forward pass of a rank, at most."""
+    hyper = assignment.hyperparams
+    share = math.ceil(hyper.batch_size / assignment.placement.slots)
+    return min(share, hyper.micro_batch_size or share)
 
 
 def lineage(assignment: Assignment) -> dict[str, object]:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from cluster.errors import Fenced, Unavailable
+from cluster.errors import Fenced, HeliostatError, Unavailable
 
 Write = Callable[[], object]
 _FIRST_WAIT_S = 0.2
@@ -15,12 +15,19 @@ _LONGEST_WAIT_S = 5.0
 
 
 class RecordWriter:
-    """`on_fenced`: another attempt owns the job; nothing more is written. `on_broken`: a write failed in a way that
-    waiting does not mend."""
+    """`on_fenced`: another attempt owns the job; nothing more is written. `on_refused`: the database does not take a value, however
+    often it is asked; what comes after it is written. `on_broken`: a write failed in a way that nobody foresaw."""
 
-    def __init__(self, capacity: int, on_fenced: Callable[[], None], on_broken: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        on_fenced: Callable[[], None],
+        on_refused: Callable[[HeliostatError], None],
+        on_broken: Callable[[], None],
+    ) -> None:
         self._queue: queue.Queue[Write | None] = queue.Queue(maxsize=capacity)
         self._on_fenced = on_fenced
+        self._on_refused = on_refused
         self._on_broken = on_broken
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
@@ -78,3 +85,8 @@ class RecordWriter:
             except Unavailable:
                 self._abandoned.wait(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            except Fenced:
+                raise
+            except HeliostatError as error:
+                self._on_refused(error)
+                return

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,9 @@ _LISTEN_S = 0.5
 _FIRST_RELAY_S = 0.05
 _LEAVE_S = 10.0
 _UPLOAD_TRIES = 4
+_PROGRESS_S = 10.0
+"""Between two words about the same upload."""
+_SUPERSEDED = "superseded"
 _OF_COMPANIONS = ("hello", "log", "failed")
 """All that is to be said on a gang's nodes without rank 0."""
 
@@ -66,6 +70,9 @@ class Worker:
         self._ending = threading.Event()
         self._finished = threading.Event()
         self._end: Record | None = None
+        self._newest: Record | None = None
+        """The last checkpoint that the child has written."""
+        self._told_to_stop = False
 
     def run(self) -> None:
         """Returns when the child has ended, and the driver knows how or is gone."""
@@ -132,15 +139,16 @@ class Worker:
                 continue
             except ValueError:
                 raise _unreadable() from None
-            last = message is None or self._hear(checked(message), uploads)
+            last = message is None or self._hear(checked(message), child, uploads)
 
-    def _hear(self, message: Record, uploads: ThreadPoolExecutor) -> bool:
+    def _hear(self, message: Record, child: Child, uploads: ThreadPoolExecutor) -> bool:
         """Whether this was the child's last word."""
         kind = message["type"]
         if self._task.config["first_rank"] and kind not in _OF_COMPANIONS:
             raise _not_its_own(kind)
         if kind == "checkpoint":
-            uploads.submit(self._store_checkpoint, message)
+            self._newest = message
+            uploads.submit(self._store_checkpoint, message, child)
         elif kind == "failed":
             self._conclude(message)
         elif _is_stop(message):
@@ -151,45 +159,73 @@ class Worker:
             uploads.submit(self._store_artifact, message)
         return kind in ("failed", "finished") or _is_stop(message)
 
-    def _store_checkpoint(self, message: Record) -> None:
+    def _store_checkpoint(self, message: Record, child: Child) -> None:
+        """One that cannot be stored costs work after a fault, no more: the child hears that it may go."""
         task, step = self._task, message["step"]
         prefix = f"{task.prefix}/jobs/{task.job_id}/checkpoints/a{task.attempt}-s{step}"
-        self._store("stored", message["path"], message, prefix)
+        try:
+            self._give_up_if(self._is_superseded(message), step)
+            self._put(self._stored("stored", message["path"], message, prefix))
+            return
+        except JobFailure as error:
+            self._fail(error)
+        except HeliostatError as error:
+            if error.code != _SUPERSEDED:
+                self._tell("log", level="warning", message=f"{error.message}; training goes on")
+        self._obey({"order": "dropped", "step": step}, child)
 
     def _store_artifact(self, message: Record) -> None:
         prefix = f"{self._task.prefix}/models/{self._task.job_id}/a{self._task.attempt}"
-        self._store("artifact", message["artifact"], message, prefix)
-
-    def _store(self, kind: str, folder: str, message: Record, prefix: str) -> None:
-        """A checkpoint that cannot be stored costs work after a fault, no more; an artifact is the result."""
         try:
-            files = self._upload_patiently(folder, message["sha256"], prefix)
+            self._conclude(self._stored("artifact", message["artifact"], message, prefix))
         except HeliostatError as error:
-            if isinstance(error, JobFailure) or kind == "artifact":
-                self._conclude({"type": "failed", **error.as_dict()})
-                self._ending.set()
-            else:
-                self._tell("log", level="warning", message=f"{error.message}; training goes on")
-            return
-        record = {
-            "type": kind,
-            "step": message["step"],
-            "prefix": prefix,
-            "files": files,
-            "metrics": message["metrics"],
-        }
-        if kind == "artifact":
-            self._conclude(record)
-        else:
-            self._put(record)
+            self._fail(error)
 
-    def _upload_patiently(self, folder: str, sha256: dict[str, str], prefix: str) -> dict[str, str]:
+    def _fail(self, error: HeliostatError) -> None:
+        self._conclude({"type": "failed", **error.as_dict()})
+        self._ending.set()
+
+    def _stored(self, kind: str, folder: str, message: Record, prefix: str) -> Record:
+        """Raises `JobFailure` and `Unavailable`."""
+        files = self._upload_patiently(folder, message, prefix)
+        return {"type": kind, "step": message["step"], "prefix": prefix, "files": files, "metrics": message["metrics"]}
+
+    def _is_superseded(self, message: Record) -> bool:
+        """Nobody would go on from this checkpoint; the best one so far is kept all the same."""
+        newest = self._newest
+        if newest is None or message["type"] != "checkpoint" or newest["step"] <= message["step"]:
+            return False
+        return bool(newest["metrics"].get("best_step") != message["step"])
+
+    def _give_up_if(self, superseded: bool, step: int) -> None:
+        if superseded:
+            raise Unavailable(
+                f"the checkpoint of step {step} is not stored: a newer one was there first", code=_SUPERSEDED
+            )
+
+    def _told_of(self, message: Record) -> Callable[[int], None]:
+        """For an upload: says now and then how far it is. Told to stop, there is little time: all of it is the last
+        checkpoint's."""
+        read, told_at = 0, time.monotonic()
+
+        def told(size: int) -> None:
+            nonlocal read, told_at
+            self._give_up_if(self._told_to_stop and self._is_superseded(message), message["step"])
+            read += size
+            if time.monotonic() - told_at >= _PROGRESS_S:
+                told_at = time.monotonic()
+                what = "model" if message["type"] == "finished" else f"checkpoint of step {message['step']}"
+                self._tell("progress", what=f"storing the {what}, MiB", done=read >> 20, total=0)
+
+        return told
+
+    def _upload_patiently(self, folder: str, message: Record, prefix: str) -> dict[str, str]:
         for attempt in range(_UPLOAD_TRIES):
             try:
-                return self._upload.store(folder, sha256, prefix)
+                return self._upload.store(folder, message["sha256"], prefix, self._told_of(message))
             except OSError as error:
                 reason = error
-            if self._ending.wait(2.0**attempt):
+            if self._ending.wait(2.0**attempt) or self._is_superseded(message):
                 break
         raise Unavailable(f"storage did not take {prefix}: {reason}", code="storage_unavailable", fixable_by="nobody")
 
@@ -246,11 +282,12 @@ class Worker:
             match order["order"]:
                 case "end":
                     self._ending.set()
-                case "saved":
-                    child.channel.send("saved", step=order["step"])
+                case "saved" | "dropped" as word:
+                    child.channel.send(word, step=order["step"])
                 case "release":
                     child.channel.send("release", action=order["action"])
                 case "command":
+                    self._told_to_stop = self._told_to_stop or order["command"] == "stop"
                     child.channel.send("command", id=order["id"], command=order["command"])
         except OSError as error:  # it is leaving, or does not listen: the driver's grace period ends that
             log.info("an order did not reach the child of %s: %s", self._task.mark, error)

@@ -15,7 +15,7 @@ from app.db.scheduler_store import SqlSchedulerStore
 from app.db.session import Database
 from app.db.transitions import ask, resume
 from cluster.core.job import JobState, Placement, Wish
-from cluster.errors import Conflict, Fenced
+from cluster.errors import Conflict, Fenced, InvalidRequest
 from trainers.run.ports import Assignment, Heartbeat, StepRow
 
 S = JobState
@@ -207,6 +207,17 @@ def test_a_checkpoint_is_committed_once(database: Database, store: SqlJobStore, 
     assert events(database, job_id).count(("checkpoint", None)) == 1
 
 
+def test_an_attempt_knows_that_an_earlier_one_ran_out_of_memory(
+    store: SqlJobStore, scheduler: SqlSchedulerStore, epoch: int, job_id: str
+) -> None:
+    assert not store.assignment(job_id, 1).short_of_memory
+    error: dict[str, str | None] = {"code": "memory_limit_exceeded", "message": "full"}
+    store.move(job_id, 1, S.RECOVERING, reason="once more", error=error)
+    scheduler.release(epoch, [(job_id, 1)])
+    assert grant(scheduler, epoch, job_id, Placement({"n1": (0,)}), 1) == 2
+    assert store.assignment(job_id, 2).short_of_memory
+
+
 def test_the_assignment_has_all_that_an_attempt_needs(
     database: Database, store: SqlJobStore, scheduler: SqlSchedulerStore, epoch: int
 ) -> None:
@@ -293,6 +304,17 @@ def test_the_last_wish_counts_when_a_pause_is_reached(
     assert scheduler.rows().waiting == []  # its slots are not free yet
     scheduler.release(epoch, [(job_id, 1)])
     assert [job.id for job in scheduler.rows().waiting] == ([job_id] if ends == "queued" else [])
+
+
+def test_steps_and_tokens_of_more_than_31_bits(store: SqlJobStore, database: Database, job_id: str) -> None:
+    most = 2**63 - 1
+    store.record_steps(job_id, 1, [StepRow(3 * 10**9, 0.0, 1.0, 1e-3, 0.5, most, 0.25)])
+    store.commit_checkpoint(job_id, 1, most, "p", {}, {})
+    with database.platform() as session:
+        assert session.execute(select(Step.step, Step.tokens)).one() == (3 * 10**9, most)
+        assert session.scalar(select(Checkpoint.step)) == most
+    with pytest.raises(InvalidRequest, match="cannot be stored"):
+        store.record_steps(job_id, 1, [StepRow(1, 0.0, 1.0, 1e-3, 0.5, most + 1, 0.25)])
 
 
 @pytest.mark.parametrize(("type", "counts"), [("stage", True), ("evaluated", True), ("log", False)])

@@ -148,9 +148,21 @@ def test_a_row_has_our_columns_and_the_metrics_the_rest(tmp_path: Path) -> None:
     row = course.report({"step": 3, "loss": 0.5, "seconds": 0.1, "metrics": {"lr": 0.1, "tokens": 7.0, "f1": 0.9}})
     assert row == {"step": 3, "loss": 0.5, "seconds": 0.1, "lr": 0.1, "tokens": 7, "epoch": 0.0, "grad_norm": 0.0}
     assert course.position == Position(3, {"f1": 0.9, "train_loss": 0.5})
-    for bad in ({"step": 0, "loss": 1.0}, {"step": 4, "loss": float("inf")}):
+    bad: list[dict[str, Any]] = [
+        {"step": 0, "loss": 1.0},
+        {"step": 4, "loss": float("inf")},
+        {"step": 2**63, "loss": 1.0},
+        {"step": 4, "loss": 10**400},
+        {"step": 4, "loss": 1.0, "metrics": {"tokens": 1e19}},
+        {"step": 4, "loss": 1.0, "metrics": {"tokens": float("nan")}},
+    ]
+    for one in bad:
         with pytest.raises(Refused):
-            course.report({**bad, "seconds": 0.1, "metrics": {}})
+            course.report({"metrics": {}, "seconds": 0.1, **one})
+    assert (
+        course.report({"step": 3, "loss": 0.5, "seconds": 0.1, "metrics": {"tokens": 3e9, "f1": 0.9}})["tokens"]
+        == 3 * 10**9
+    )
     assert course.position.step == 3
 
 

@@ -9,7 +9,25 @@ from pathlib import Path
 from trainers.protocol import FD_VARIABLE, Channel
 
 STEPS = 6
-GOOD, DIES, FAILS, LINKS, HANGS, SLOW, LIES, MUTE, BABBLES, OBEYS, STUBBORN, HOG, HOGS, DIES_NAMELESS = range(14)
+(
+    GOOD,
+    DIES,
+    FAILS,
+    LINKS,
+    HANGS,
+    SLOW,
+    LIES,
+    MUTE,
+    BABBLES,
+    OBEYS,
+    STUBBORN,
+    HOG,
+    HOGS,
+    DIES_NAMELESS,
+    HASTY,
+    NO_MEMORY,
+    TORCH_NO_MEMORY,
+) = range(17)
 
 
 def main() -> None:
@@ -34,6 +52,8 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
     for step in range(first + 1, STEPS + 1):
         if does in (SLOW, HANGS):
             wait_for_stop(channel, out, does, step - 1)
+        if does == HASTY and step == STEPS:
+            wait_for_stop(channel, out, does, step)
         if does in (OBEYS, STUBBORN):
             obey(channel, out, does, step - 1)
         say_step(channel, step)
@@ -44,16 +64,21 @@ def train(channel: Channel, out: Path, does: int, first: int) -> None:
         if does == FAILS and step == 3:
             channel.send("failed", code="loss_not_finite", message="NaN", hint="lower lr", fixable_by="user", step=3)
             wait_for_end(channel)
+        if does in (NO_MEMORY, TORCH_NO_MEMORY):
+            code = "out_of_memory" if does == TORCH_NO_MEMORY else "memory_limit_exceeded"
+            channel.send("failed", code=code, message="full", hint="smaller", fixable_by="user", step=step)
+            wait_for_end(channel)
         folder = write(out / "checkpoints" / f"step-{step:08d}", {"step": str(step), "weights": "w" * step}, does)
-        channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
+        metrics = {"best_step": 2} if does == HASTY else {}
+        channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics=metrics)
     folder = write(out / "artifact", {"adapter_model.safetensors": "adapter"}, does)
     channel.send("finished", step=STEPS, artifact=str(folder), sha256=hashes(folder, does), metrics={"loss": 0.5})
     wait_for_end(channel)
 
 
 def wait_for_end(channel: Channel) -> None:
-    while channel.receive() is not None:
-        pass
+    while (message := channel.receive()) is not None:
+        print("heard:", message["type"], message.get("step", ""), flush=True)
     os._exit(0)
 
 
@@ -62,14 +87,16 @@ def say_step(channel: Channel, step: int) -> None:
 
 
 def wait_for_stop(channel: Channel, out: Path, does: int, step: int) -> None:
-    """SLOW: until told to stop, then writes a checkpoint; HANGS: for ever."""
+    """SLOW, HASTY: until told to stop, then writes a checkpoint; HANGS: for ever."""
     while True:
         message = channel.receive()
         if message is None:
             os._exit(1)
-        if does == SLOW and message["type"] == "command" and message["command"] == "stop":
+        print("heard:", message["type"], message.get("step", ""), flush=True)
+        if does != HANGS and message["type"] == "command" and message["command"] == "stop":
             folder = write(out / "checkpoints" / "step-stop", {"step": str(step)}, does)
-            channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics={})
+            best = {"best_step": 2} if does == HASTY else {}
+            channel.send("checkpoint", step=step, path=str(folder), bytes=1, sha256=hashes(folder, does), metrics=best)
             channel.send("ack", id=message["id"], command="stop", state="finished", step=step)
 
 

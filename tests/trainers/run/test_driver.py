@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import scripted_child_names as does
 from fakes_driver import JOB, World, make_world
 from waiting import PATIENCE_S, until
 
-from cluster.core.job import JobState, Wish
-from cluster.errors import EnvironmentError_, Unavailable
+from cluster.core.job import JobState, Placement, Wish
+from cluster.errors import EnvironmentError_, InvalidRequest, Unavailable
 from cluster.processes import running_attempts
 from trainers.config import Hyperparams
 from trainers.run.conversation import Intent, outcome_of
-from trainers.run.ports import LastCheckpoint
-from trainers.run.preparing import attempt_files, parts_of, prepare, train_config
+from trainers.run.ports import LastCheckpoint, Script
+from trainers.run.preparing import attempt_files, hyperparams_of, parts_of, prepare, train_config
 
 SCRIPT = Path(__file__).with_name("scripted_child.py")
 STEPS = list(range(1, 7))
@@ -41,6 +42,13 @@ def run(made: World, meanwhile: Callable[[], None] = lambda: None) -> World:
     return made
 
 
+def stored_of(made: World) -> list[int]:
+    """Each step's checkpoint is followed by the next one's at once: those that were overtaken are left out."""
+    steps = [checkpoint.step for checkpoint in made.store.checkpoints]
+    assert steps == sorted(steps)
+    return steps
+
+
 def log_of(made: World) -> str:
     keys = made.storage.keys(f"tenants/t1/jobs/{JOB}/logs/a1/r0")
     return b"".join(made.storage.read_bytes(key) for key in keys).decode()
@@ -52,7 +60,7 @@ def test_a_job_goes_from_its_assignment_to_a_stored_model(tmp_path: Path) -> Non
     assert [state for state, _ in store.moves] == [JobState.RUNNING, JobState.ARCHIVING]
     assert store.state is JobState.SUCCEEDED
     assert list(store.steps) == STEPS
-    assert [checkpoint.step for checkpoint in store.checkpoints] == STEPS
+    assert stored_of(made)[-1] == STEPS[-1]
     assert store.result is not None
     assert store.result["prefix"] == f"tenants/t1/models/{JOB}/a1"
     assert made.storage.read_bytes(f"tenants/t1/models/{JOB}/a1/adapter_model.safetensors") == b"adapter"
@@ -153,6 +161,44 @@ def test_what_the_user_can_mend_fails_the_job_with_its_hint(tmp_path: Path) -> N
         "hint": "lower lr",
         "fixable_by": "user",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 4),
+        ({"placement": Placement({"n1": (0, 1)})}, 2),
+        ({"hyperparams": {"micro_batch_size": 3}}, 1),
+        ({"hyperparams": {"micro_batch_size": 1}}, None),
+        ({"short_of_memory": True}, None),
+        ({"script": Script(["train.py"], {})}, None),
+    ],
+)
+def test_who_runs_out_of_memory_is_tried_once_more_with_half_the_rows(
+    tmp_path: Path, changes: dict[str, Any], rows: int | None
+) -> None:
+    hyper = Hyperparams(seed=does.NO_MEMORY, **changes.pop("hyperparams", {}))
+    made = make_world(tmp_path, SCRIPT, hyperparams=hyper)
+    made.store.given = replace(made.store.given, **changes)
+    run(made)
+    state, reason = made.store.moves[-1]
+    assert made.store.error is not None and made.store.error["code"] == "memory_limit_exceeded"
+    if rows is None:
+        assert state is JobState.FAILED
+    else:
+        assert state is JobState.RECOVERING and f"at most {rows} row(s)" in reason
+        again = replace(made.store.given, short_of_memory=True)
+        assert hyperparams_of(again) == replace(hyper, micro_batch_size=rows)
+    assert hyperparams_of(made.store.given) == hyper or made.store.given.short_of_memory
+
+
+@pytest.mark.parametrize(
+    ("slots", "offload", "again"), [(1, "none", False), (2, "none", True), (1, "parameters", True)]
+)
+def test_one_rank_alone_has_halved_its_rows_itself(tmp_path: Path, slots: int, offload: str, again: bool) -> None:
+    hyper = Hyperparams(seed=does.TORCH_NO_MEMORY, offload=offload)
+    made = run(make_world(tmp_path, SCRIPT, hyperparams=hyper, placement=Placement({"n1": tuple(range(slots))})))
+    assert made.store.state is (JobState.RECOVERING if again else JobState.FAILED)
 
 
 @pytest.mark.parametrize("seed", [does.LINKS, does.LIES])
@@ -259,7 +305,17 @@ def test_training_goes_on_while_the_database_is_down(tmp_path: Path) -> None:
     run(made, back_later)
     assert made.store.state is JobState.SUCCEEDED
     assert list(made.store.steps) == STEPS
-    assert [checkpoint.step for checkpoint in made.store.checkpoints] == STEPS
+    assert stored_of(made)[-1] == STEPS[-1]
+
+
+@pytest.mark.parametrize("method", ["record_steps", "finish"])
+def test_what_the_database_refuses_fails_the_job_by_its_name(tmp_path: Path, method: str) -> None:
+    made = world(tmp_path)
+    told = InvalidRequest("a value cannot be stored (integer out of range)", code="invalid_value", hint="smaller")
+    made.store.refuses[method] = told
+    run(made)
+    assert made.store.state is JobState.FAILED
+    assert made.store.error == told.as_dict() and made.store.moves[-1][1] == told.message
 
 
 def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> None:

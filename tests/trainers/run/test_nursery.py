@@ -111,7 +111,7 @@ def test_the_worker_takes_the_conversation_over_from_its_first_word_on(tmp_path:
     assert store.state is JobState.SUCCEEDED, store.moves
     assert [state for state, _ in store.moves] == [JobState.RUNNING, JobState.ARCHIVING]
     assert list(store.steps) == [1, 2, 3, 4, 5, 6]
-    assert [one.step for one in store.checkpoints] == [1, 2, 3, 4, 5, 6]
+    assert store.checkpoints[-1].step == 6
     assert store.stages()[-1] == "archiving"
 
 

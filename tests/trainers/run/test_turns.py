@@ -208,7 +208,7 @@ class Table:
     """The child's answers are given by the test."""
 
     def __init__(self) -> None:
-        writer = RecordWriter(10, lambda: None, lambda: None)
+        writer = RecordWriter(10, lambda: None, lambda error: None, lambda: None)
         self.talk = Conversation(("j", 1), None, writer, Listeners(print, lambda: None, print))  # type: ignore[arg-type]
         self.talk._at["ready"] = 0.0
         self.did: list[str] = []

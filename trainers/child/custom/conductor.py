@@ -90,7 +90,9 @@ class Conductor:
         if message["type"] == "start" and self._state == "starting":
             self._start(message["config"])
         elif message["type"] == "saved" and self._state != "starting":
-            self._course.custody.prune(message["step"])
+            self._course.saved(message["step"])
+        elif message["type"] == "dropped" and self._state != "starting":
+            self._course.dropped(message["step"])
         elif message["type"] == "command":
             self._command(message)
 

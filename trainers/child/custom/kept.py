@@ -76,6 +76,9 @@ class Custody:
             if int(path.name.removeprefix("step-")) < step:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def drop(self, step: int) -> None:
+        shutil.rmtree(self._folder / f"step-{step:08d}", ignore_errors=True)
+
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """{file: sha256}. Raises Refused when there is nothing, or what cannot be taken over."""

@@ -112,7 +112,7 @@ class Turns:
             self._tell_all("go")
 
     def _save(self) -> None:
-        self._tell_all("save", folder=str(self._course.custody.open()))
+        self._tell_all("save", folder=str(self._course.open()))
 
     def _keep(self) -> None:
         for script in self._scripts:

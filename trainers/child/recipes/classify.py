@@ -18,11 +18,10 @@ from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_
 from trainers.child.loss import sent
 from trainers.child.memory import MemoryLimit
 from trainers.child.rows import read_data
+from trainers.child.samples import samples
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
 from trainers.child.world import World
 from trainers.config import TrainConfig
-
-SAMPLE_CHARS = 2000
 
 
 def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit) -> None:
@@ -42,7 +41,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     loaded = fuse(loaded, config, world, control)
     torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank
 
-    trainer = _Trainer(classifier, engine, data.examples, plan, world, MicroBatch(micro))
+    trainer = _Trainer(classifier, engine, data.examples, plan, world, control, MicroBatch(micro))
     judge = _Judge(classifier, names, world, control, micro, config.sample_rows)
     evaluate = (lambda: judge.run(held_out)) if held_out else None
     session = Session(Place(config, world, control, memory), loaded, engine, plan, evaluate)
@@ -93,6 +92,7 @@ class _Trainer:
     examples: Sequence[Labelled]
     plan: Plan
     world: World
+    control: Control
     micro: MicroBatch
 
     def step(self, step: int) -> Fields:
@@ -104,6 +104,7 @@ class _Trainer:
             loss, measured = self.classifier.loss([self.examples[row] for row in rows])
             self.engine.backward(loss / len(batch), last=number == len(pieces))
             sums += measured
+            self.control.progress(f"step {step}, forward passes", number, len(pieces))
         mean, right = self.world.total(sums) / len(batch)
         norm = update(self.engine, lr)
         tokens = sum(len(self.examples[row].ids) for row in batch)
@@ -139,13 +140,13 @@ class _Judge:
         for start in range(0, math.ceil(len(examples) / self.world.size), self.micro):
             self.control.between()
             yield list(share[start : start + self.micro])
+            done = min(len(examples), (start + self.micro) * self.world.size)
+            self.control.progress("evaluation, rows", done, len(examples))
 
     def _samples(self, examples: Sequence[Labelled]) -> list[dict[str, str]]:
         """Asked on all ranks, which may need each other's part of the weights; told by the first."""
         told = self.classifier(examples).argmax(-1)[: len(examples)]
         if self.world.rank != 0:
             return []
-        return [
-            {"prompt": one.text[-SAMPLE_CHARS:], "expected": self.names[one.label], "answer": self.names[answer]}
-            for one, answer in zip(examples, told.tolist(), strict=True)
-        ]
+        named = zip(examples, told.tolist(), strict=True)
+        return samples([(one.text, self.names[one.label], self.names[answer]) for one, answer in named])

@@ -139,6 +139,7 @@ class _Trainer:
             found = self._margins([self.pairs[row] for row in rows], self.engine.reference["train"][rows])
             self.engine.backward(found.loss() / len(batch), last=number == len(pieces))
             sums += found.measures()
+            self.policy.control.progress(f"step {step}, forward passes", number, len(pieces))
         mean, right, margin = world.total(sums) / len(batch)
         lr = self.plan.lr(step)
         norm = update(self.engine, lr)
@@ -153,6 +154,7 @@ class _Trainer:
         sums = self._no_measures()
         for batch in self.policy.batches(len(pairs), self.micro.size):
             sums += self._margins([pairs[i] for i in batch], self.engine.reference["validation"][batch]).measures()
+            self.policy.control.progress("evaluation, pairs", batch[-1] + 1 if batch else len(pairs), len(pairs))
         self.policy.loss.train()
         loss, right, margin = (self.policy.world.total(sums) / len(pairs)).tolist()
         return {"loss": loss, "reward_accuracy": right, "reward_margin": margin, "rows": len(pairs)}

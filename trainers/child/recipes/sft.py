@@ -50,7 +50,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     session = Session(Place(config, world, control, memory), loaded, engine, plan, evaluate)
     session.open()
     most = MicroBatch(config.hyperparams.micro_batch_size or config.hyperparams.batch_size if loss.packs else micro)
-    trainer = _Trainer(loss, engine, data.examples, plan, world, most, loaded.tokenizer.pad_token_id)
+    trainer = _Trainer(loss, engine, data.examples, plan, world, control, most, loaded.tokenizer.pad_token_id)
     session.run(trainer, _facts(data))
 
 
@@ -72,6 +72,7 @@ class _Trainer:
     examples: Sequence[Example]
     plan: Plan
     world: World
+    control: Control
     micro: MicroBatch
     pad: int
 
@@ -87,6 +88,7 @@ class _Trainer:
             part = self.loss(piece) / loss_tokens
             self.engine.backward(part, last=number == len(pieces))
             total += part.detach()
+            self.control.progress(f"step {step}, forward passes", number, len(pieces))
         mean = self.world.total(total)
         norm = update(self.engine, lr)
         tokens = sum(len(self.examples[row].ids) for row in batch)
