@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import queue
@@ -237,6 +238,7 @@ def lineage(assignment: Assignment) -> dict[str, object]:
         "dataset_sha256": assignment.dataset_sha256,
         "validation_sha256": assignment.validation_sha256,
         "environment": assignment.fingerprint,
+        "code_version": importlib.metadata.version("heliostat"),
         "output_model": assignment.output_model,
         **(
             {"entrypoint": script.entrypoint, "params": script.params, "code_sha256": folder_sha256(script.files)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from builders_llama import make_tiny_llama
+from fakes_driver import make_assignment
 from safetensors.torch import load_file, save_file
 
+from cluster.storage.objects import ObjectStore
 from trainers.child.failure import TrainFailure
 from trainers.child.outputs.__main__ import main
-from trainers.child.outputs.card import Card, model_card
+from trainers.child.outputs.card import LINEAGE, Card, model_card
 from trainers.child.outputs.curves import draw, write_events
 from trainers.child.outputs.history import History, read_history
 from trainers.child.outputs.merged import merge
 from trainers.child.outputs.to_gguf import to_gguf
 from trainers.child.shards import INDEX, Shards
+from trainers.run.preparing import lineage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -194,7 +198,9 @@ def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     assert {(3, "train/loss", 1.25), (3, "validation/loss", 1.5), (0, "validation/exact_match", 0.0)} <= set(values)
 
 
-def test_the_card_says_where_it_comes_from_and_how_good_it_is() -> None:
+def test_the_card_says_where_it_comes_from_and_how_good_it_is(tmp_path: Path) -> None:
+    assignment = make_assignment(ObjectStore(str(tmp_path)), validation_sha256="e" * 64)
+    told = lineage(assignment)
     card = Card(
         base="llama-7b",
         method="sft",
@@ -202,13 +208,19 @@ def test_the_card_says_where_it_comes_from_and_how_good_it_is() -> None:
         precision="bf16",
         hyperparams={"lr": 2e-4},
         metrics={"validation_loss": 0.123456, "a|b": 1},
-        metadata={"job": "ftjob-1", "dataset_fingerprint": "d" * 64, "other": 7},
+        metadata={**told, "other": 7},
         note="Mind the gap.",
     )
     text = model_card(card)
     assert text.startswith('---\nbase_model: "llama-7b"\nlibrary_name: peft\n')
     assert "| validation_loss | 0.1235 |" in text and "| a\\|b | 1 |" in text
-    assert "| job | ftjob-1 |" in text and "d" * 64 in text and "Mind the gap." in text
+    assert "Mind the gap." in text
+    table = text.split("## Lineage")[1].split("## ")[0]
+    assert f"| job | {assignment.job_id} |" in table and "None" not in table
+    here = (importlib.metadata.version("heliostat"), assignment.base_model_sha256, assignment.fingerprint)
+    for value in (*here, assignment.dataset_sha256, "e" * 64):
+        assert f" | {value} |" in table
+    assert set(LINEAGE) <= set(told), "a line that no job has"
     everything = json.loads(text.split("```json\n")[1].split("\n```")[0])
     assert everything["hyperparams"] == {"lr": 2e-4} and everything["other"] == 7
     compile(text.split("```python\n")[1].split("\n```")[0], "card", "exec")
