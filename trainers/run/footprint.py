@@ -135,20 +135,25 @@ def tokens_per_pass(shape: ModelShape, training: Training) -> int:
     """Of one forward pass, at most. DPO computes both answers of a pair together."""
     rows = training.micro_batch if training.share is None else min(training.micro_batch, training.share)
     tokens = rows * training.seq_len
-    if _packs(shape, training):
+    if training.packs and shape.causal:  # what cannot be packed goes as many tokens to a pass
         room = training.seq_len * (training.share or PIECE_TOKENS)
         tokens = max(tokens, training.seq_len, min(PIECE_TOKENS, room))
     return tokens * (2 if training.method == "dpo" else 1)
 
 
 def _packs(shape: ModelShape, training: Training) -> bool:
-    return training.packs and shape.causal
+    """Whether several rows may be one sequence; beyond its window an architecture cannot."""
+    return training.packs and shape.causal and not _beyond_window(shape, training)
+
+
+def _beyond_window(shape: ModelShape, training: Training) -> bool:
+    return shape.window is not None and training.seq_len > shape.window
 
 
 def _moments(shape: ModelShape, training: Training) -> list[dict[str, int]]:
     tokens, gradients = tokens_per_pass(shape, training), _gradients(shape, training)
     kept, layer_work = _activations(shape, training, tokens), _layer_work(shape, training, tokens)
-    again = _one_layer(shape, training, tokens) if training.checkpointing else 0
+    again = _one_layer(shape, training, tokens) + _window_mask(shape, training) if training.checkpointing else 0
     several = _passes(shape, training, tokens) > 1
     first = 0 if training.adapts else min(gradients, _head_bytes(shape, training))
     logits, head_work = _head(shape, training, tokens)
@@ -229,7 +234,15 @@ def _activations(shape: ModelShape, training: Training, tokens: int) -> int:
     mask = tokens * tokens * (training.width + 1) if _packs(shape, training) else 0
     inputs = tokens * training.width * shape.hidden
     each = inputs if training.checkpointing else _one_layer(shape, training, tokens)
-    return shape.layers * each + tokens * ends + mask
+    masks = 0 if training.checkpointing else shape.windowed * _window_mask(shape, training)
+    return shape.layers * each + tokens * ends + mask + masks
+
+
+def _window_mask(shape: ModelShape, training: Training) -> int:
+    """Of one layer: torch makes numbers of what may be seen, for each layer anew. gemma2 adds it to its scores."""
+    if shape.layer.scores == "capped" or not _beyond_window(shape, training):
+        return 0
+    return training.seq_len**2 * training.width
 
 
 def _one_layer(shape: ModelShape, training: Training, tokens: int) -> int:
@@ -266,7 +279,8 @@ def _attention(shape: ModelShape, training: Training, length: int) -> int:
     if layer.scores == "dropped" and training.on_cpu:
         return 3 * 4 * shape.q_width + 12 * shape.heads * length
     # with a mask of its own torch wants as many keys and values as queries; its output is the next linear's input
-    keys = shape.q_width if _packs(shape, training) else shape.kv_width
+    masked = _packs(shape, training) or _beyond_window(shape, training)
+    keys = shape.q_width if masked else shape.kv_width
     return width * (shape.q_width + 2 * keys) + 4 * shape.heads
 
 
