@@ -97,6 +97,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
         method=way.method,
         training_type=way.training_type,
         task=way.task,
+        precision="auto",
         batch_size=hyperparams.batch_size,
         packing=hyperparams.packing is not False,
         validates=bool(validation or hyperparams.validation_split),
