@@ -62,8 +62,8 @@ class Training:
     """Rows in one forward pass; 1 is the smallest that works, and the micro-batch is ours to choose."""
     batch_size: int | None = None
     """Rows of one step over all slots; None: so many that gradients are summed over several forward passes."""
-    validates: bool = False
-    """Rows that are not trained on are evaluated, questions answered."""
+    validation_len: int = 0
+    """Tokens of the longest row that is not trained on but evaluated, and whose question is answered; 0: there is none."""
     packing: bool = True
     """Short rows share a forward pass, where the architecture allows it."""
     lora_r: int = 16
@@ -163,13 +163,13 @@ def _moments(shape: ModelShape, training: Training) -> list[dict[str, int]]:
         _parts(max(before, first), kept + again, logits, layer_work),
         _parts(gradients, kept // shape.layers + again, 0, layer_work + first),
         _update(shape, training),
-        *([_evaluation(shape, training)] if training.validates else []),
+        *([_evaluation(shape, training)] if training.validation_len else []),
     ]
 
 
 def _evaluation(shape: ModelShape, training: Training) -> dict[str, int]:
     """Keys and values of questions as long as the longest row, and one layer over all of them at once."""
-    tokens = ANSWERED * training.seq_len
+    tokens = ANSWERED * training.validation_len
     answers = shape.causal and training.task == "causal_lm"
     keys = tokens * shape.layers * 2 * shape.kv_width * training.width if answers else 0
     one_layer = training.width * max(3 * shape.intermediate, 4 * shape.q_width) + 8 * shape.hidden

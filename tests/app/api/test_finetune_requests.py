@@ -265,6 +265,22 @@ def test_what_saves_memory_is_chosen_where_it_must_be_or_as_it_is_asked_for(api:
     assert {name: given[name] for name in asked} == asked
 
 
+def test_the_estimate_knows_where_it_runs_and_what_it_validates_on(api: Api, acme: httpx.Client) -> None:
+    def memory_gb(**body: Any) -> float:
+        return float(
+            estimated(acme, base_model="big", resource_config={"mem_limit_gb": 9999}, **body)["estimate"]["memory_gb"]
+        )
+
+    upload(acme, jsonl({"text": "a " * 2000}, {"text": "b"}), "long")
+    with api.database.platform() as session:
+        session.execute(update(Node).values(memory_gb=9999.0))
+    plain, long = memory_gb(), memory_gb(validation_dataset_id="long")
+    assert memory_gb(validation_dataset_id="rows") < long, "longer rows to validate on need more"
+    with api.database.platform() as session:
+        session.execute(update(Node).values(bf16=True))
+    assert memory_gb() < 0.7 * plain
+
+
 def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None:
     asked = {"early_stopping_patience": 2, "n_checkpoints": 3, "packing": False, "rslora": True}
     hyperparams = estimated(acme, validation_split=0.25, hyperparams=asked)["hyperparams"]

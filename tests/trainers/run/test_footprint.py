@@ -182,10 +182,12 @@ def test_dpo_computes_both_answers_at_once() -> None:
 
 def test_answering_questions_may_need_more_than_training() -> None:
     shape, training = shape_of(gated("llama", num_key_value_heads=4)), Training(seq_len=512, packing=False)
-    plain, answering = footprint(shape, training), footprint(shape, replace(training, validates=True))
+    plain, answering = footprint(shape, training), footprint(shape, replace(training, validation_len=512))
     assert sum(answering.values()) > sum(plain.values())
+    longer = footprint(shape, replace(training, validation_len=1024))
+    assert longer["activations"] == 2 * answering["activations"]
     assert answering["activations"] == 16 * 512 * 3 * 2 * 96 * 2, "rows, tokens, layers, keys and values"
-    classes = replace(training, task="sequence_classification", validates=True)
+    classes = replace(training, task="sequence_classification", validation_len=512)
     assert footprint(shape, classes)["activations"] < answering["activations"]
 
 
