@@ -88,7 +88,8 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     if way.method == CUSTOM:
         return _script_plan(repository, request, way, settings)
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
-    refuse_gguf(request, base.config or {})
+    environment = _environment(repository, request.environment) if request.environment else None
+    refuse_gguf(request, base.config or {}, environment.lock if environment else None)
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
     other = request.validation_dataset_id
     validation = _dataset(repository, other, "validation_dataset_id", way) if other else None
@@ -128,7 +129,7 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
         checkpoint=checkpoint,
         dataset=dataset,
         validation=validation,
-        environment=_environment(repository, request.environment) if request.environment else None,
+        environment=environment,
         hyperparams=hyperparams,
         choice=choice,
     )

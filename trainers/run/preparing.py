@@ -25,7 +25,7 @@ TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.j
 PROGRAM, BEST = "program", "best"
 """Below the scratch folder of the attempt."""
 ALWAYS = ("curves", "tensorboard")
-"""Outputs that every artifact has where the environment has their libraries."""
+"""Outputs that every artifact has; a job in an environment without their libraries says so."""
 _NO_WEIGHTS = (
     "state.json",
     "random.pt",

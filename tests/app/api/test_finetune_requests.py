@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from builders_api import LLAMA_7B, TINY, Api, jsonl, upload
-from builders_db import make_base_model, make_job, make_node
+from builders_db import make_base_model, make_environment, make_job, make_node
 from builders_llama import make_hollow_llama
 from sqlalchemy import func, select, update
 
@@ -294,6 +294,13 @@ def test_forms_that_were_asked_for_reach_the_attempt(api: Api, acme: httpx.Clien
     job = acme.post("/finetune", json={**MINIMAL, "outputs": ["adapter", "merged", "gguf"]}).json()
     with api.database.platform() as session:
         assert session.get_one(Job, job["id"]).request["outputs"] == ["adapter", "merged", "gguf"]
+        lock = {"base": {"name": "cpu", "packages": {}}, "conda": [{"name": "pytorch"}], "pip": []}
+        make_environment(session, name="own", lock=lock)
+        make_environment(session, name="able", lock={**lock, "pip": [{"name": "gguf"}]}, fingerprint="e" * 64)
+    error = refused(acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"], "environment": "own"}), 422)
+    assert (error["code"], error["param"]) == ("output_unsupported", "outputs") and "packages" in error["hint"]
+    assert acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"], "environment": "able"}).status_code == 202
+    with api.database.platform() as session:
         session.scalars(select(BaseModel).where(BaseModel.name == "tiny")).one().config = {"model_type": "gpt2"}
     error = refused(acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"]}), 422)
     assert (error["code"], error["param"]) == ("output_unsupported", "outputs")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from builders_llama import make_tiny_llama
 from fakes_driver import make_assignment
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from cluster.storage.objects import ObjectStore
@@ -18,7 +21,8 @@ from trainers.child.failure import TrainFailure
 from trainers.child.outputs.__main__ import main
 from trainers.child.outputs.card import LINEAGE, Card, model_card
 from trainers.child.outputs.curves import draw, write_events
-from trainers.child.outputs.history import History, read_history
+from trainers.child.outputs.forms import add_curves
+from trainers.child.outputs.history import History, Journal, read_history
 from trainers.child.outputs.merged import merge
 from trainers.child.outputs.to_gguf import to_gguf
 from trainers.child.shards import INDEX, Shards
@@ -180,6 +184,22 @@ def test_the_curves_are_a_picture(tmp_path: Path) -> None:
     assert width > 800 and height > 800 and colours == 4
     with pytest.raises(TrainFailure, match="no step"):
         draw(read_history([]), tmp_path / "none.png")
+
+
+def test_curves_without_their_library_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal()
+    assert add_curves(tmp_path, ["curves", "tensorboard"], journal) == [], "nothing to show"
+    journal.add("step", 1, {"loss": 1.0})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (missing,) = add_curves(tmp_path, ["curves", "tensorboard"], journal)
+    assert "curves" in missing and "matplotlib" in missing
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
+def test_the_libraries_of_the_forms_come_with_the_service() -> None:
+    project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {Requirement(one).name for one in project["dependencies"]}
+    assert {"gguf", "matplotlib", "tensorboardX"} <= needs
 
 
 def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
