@@ -18,7 +18,7 @@ ROWS = {
     "sequence_classification": "text and label",
 }
 """The tasks that datasets are for, and what their rows hold."""
-GGUF_MODELS = ("llama", "mistral")
+GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """As `trainers.child.outputs.to_gguf` writes them."""
 
 
@@ -112,7 +112,7 @@ def refuse_gguf(request: FinetuneRequest, base_config: dict[str, Any], lock: dic
     model = base_config.get("model_type")
     if model not in GGUF_MODELS:
         raise InvalidRequest(
-            f"a {model} model is not written as GGUF here, only {' and '.join(GGUF_MODELS)} models are",
+            f"a {model} model is not written as GGUF here, only {', '.join(GGUF_MODELS)} models are",
             code="output_unsupported",
             param="outputs",
             hint="Take the output merged; llama.cpp's convert_hf_to_gguf.py knows more architectures.",

@@ -3,7 +3,6 @@ training was not for nothing."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ def require_forms(config: TrainConfig) -> None:
         raise TrainFailure("output_unsupported", message, hint="Leave it out.")
     if GGUF in wanted:
         require_library("gguf")
-        require_known(json.loads((Path(config.base_model) / "config.json").read_text(encoding="utf-8")), "bf16")
+        require_known(Path(config.base_model))
 
 
 def add_forms(folder: Path, config: TrainConfig) -> List[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,19 @@ from builders_llama import make_tiny_llama
 from fakes_driver import make_assignment
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, pre_tokenizers
 
 from cluster.storage.objects import ObjectStore
 from trainers.child.failure import TrainFailure
 from trainers.child.outputs.__main__ import main
 from trainers.child.outputs.card import LINEAGE, Card, model_card
 from trainers.child.outputs.curves import draw, write_events
-from trainers.child.outputs.forms import add_curves
+from trainers.child.outputs.forms import add_curves, require_forms
 from trainers.child.outputs.history import History, Journal, read_history
 from trainers.child.outputs.merged import merge
 from trainers.child.outputs.to_gguf import to_gguf
 from trainers.child.shards import INDEX, Shards
+from trainers.config import TrainConfig
 from trainers.run.preparing import lineage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -143,12 +147,38 @@ def test_transformers_reads_the_gguf_file(base: Path, tmp_path: Path, kind: str,
     assert there.chat_template == here.chat_template and there.eos_token_id == here.eos_token_id
 
 
+@pytest.mark.parametrize(("kind", "head_dim"), [("Qwen2", 16), ("Qwen3", 128)])
+def test_qwen_models_have_their_gguf_file_too(base: Path, tmp_path: Path, kind: str, head_dim: int) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "head_dim": head_dim,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, bos_token_id=0, eos_token_id=2)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # biases begin as zeros, norms as ones
+                weight.add_(torch.randn_like(weight), alpha=0.3)
+    folder = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model.save_pretrained(folder)
+    to_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert torch.allclose(logits_of(tmp_path, gguf_file="model.gguf"), logits_of(folder), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"model_type": "gemma"}, "gemma"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "scaled"),
         ({"attention_bias": True}, "biases"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "window"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(base: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -161,6 +191,77 @@ def test_what_gguf_cannot_say_is_refused(base: Path, tmp_path: Path, change: dic
     with pytest.raises(TrainFailure, match=reason):
         to_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def with_tokenizer(base: Path, folder: Path, **changes: Any) -> Path:
+    """The model with parts of its tokenizer.json replaced."""
+    shutil.copytree(base, folder)
+    described = json.loads((base / "tokenizer.json").read_text())
+    described["model"] |= changes.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(described | changes))
+    return folder
+
+
+def pre_of(*steps: Any) -> Any:
+    """As tokenizers writes it."""
+    return json.loads(pre_tokenizers.Sequence(list(steps)).__getstate__())
+
+
+WORDS, BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole) for whole in (True, False))
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_2 = LLAMA_3.replace("{1,3}", "")
+PRETOKENIZERS: list[tuple[dict[str, Any], str]] = [
+    ({"pre_tokenizer": pre_of(WORDS)}, "gpt-2"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Digits(individual_digits=True), WORDS)}, "smollm"),
+    (
+        {
+            "pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(QWEN_2), "isolated"), BYTES),
+            "normalizer": {"type": "NFC"},
+        },
+        "qwen2",
+    ),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES)}, "dbrx"),
+    (
+        {
+            "pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES),
+            "model": {"ignore_merges": True},
+        },
+        "llama-bpe",
+    ),
+]
+NO_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"pre_tokenizer": pre_of(pre_tokenizers.ByteLevel(add_prefix_space=True))}, "byte-level"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Metaspace())}, "byte-level"),
+    ({"pre_tokenizer": None}, "byte-level"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Digits(individual_digits=False), WORDS)}, "splits text"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Split(Regex("a+"), "isolated"), BYTES)}, "splits text"),
+    ({"normalizer": {"type": "Lowercase"}}, "splits text"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), PRETOKENIZERS, ids=lambda one: one if isinstance(one, str) else "")
+def test_gguf_names_the_rule_by_which_the_tokenizer_splits(
+    base: Path, tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    from gguf import GGUFReader
+
+    to_gguf(with_tokenizer(base, tmp_path / "model", **changes), tmp_path / "model.gguf", "f32")
+    assert GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.ggml.pre").contents() == name
+
+
+@pytest.mark.parametrize(("changes", "reason"), NO_RULES)
+def test_a_tokenizer_that_gguf_has_no_rule_for_is_refused_before_the_training(
+    base: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    model = with_tokenizer(base, tmp_path / "model", **changes)
+    config = TrainConfig(base_model=str(model), train_file="rows", output_dir="out", outputs=["gguf"])
+    with pytest.raises(TrainFailure, match=reason) as caught:
+        require_forms(config)
+    assert caught.value.code == "gguf_unsupported"
+    require_forms(replace(config, outputs=["merged"]))
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(TrainFailure, match=r"no tokenizer\.json"):
+        require_forms(config)
 
 
 def history() -> History:
