@@ -80,9 +80,10 @@ class Setting:
     bounded: bool = True
 
     def training(self) -> Training:
-        shared = {key: value for key, value in asdict(self).items() if key not in ("model", "micro_batch")}
+        shared = {key: value for key, value in asdict(self).items() if key not in ("model", "micro_batch", "validates")}
         rows = self.micro_batch or (1 if self.packing else 16384 // self.seq_len)
-        return Training(**shared, micro_batch=rows, on_cpu=True)
+        validation_len = self.seq_len if self.validates else 0
+        return Training(**shared, micro_batch=rows, validation_len=validation_len, on_cpu=True)
 
 
 SETTINGS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.job import Node
-from cluster.detect import detect, usable_cpus
+from cluster.detect import computes_in_bf16, detect, usable_cpus
 from cluster.environment_checks import EnvironmentChecks, Note
 from cluster.ports import (
     AgentParts,
@@ -37,6 +37,7 @@ class _Opened:
     offer: Node
     notice_file: Path | None
     children: Children | None
+    bf16: bool
 
 
 class NodeAgent:
@@ -61,7 +62,9 @@ class NodeAgent:
                     checks.start_daily(parts.settings.full_check_at, self._name)
                 staging.clear_all_ahead()
                 notice = parts.settings.notice_file
-                self._opened = _Opened(parts.environments, checks, staging, offer, notice, parts.children)
+                self._opened = _Opened(
+                    parts.environments, checks, staging, offer, notice, parts.children, computes_in_bf16()
+                )
             return self._opened
 
     def report(self) -> NodeReport:
@@ -73,7 +76,7 @@ class NodeAgent:
         node = replace(here.offer, environments=has, models=here.staging.models(), draining=draining)
         ours = frozenset(attempt for attempt in running_attempts() if here.staging.ran_here(attempt[0]))
         ours -= here.children.waiting() if here.children else frozenset()
-        return NodeReport(node, ours, leaves_at, here.checks.last(has), usable_cpus())
+        return NodeReport(node, ours, leaves_at, here.checks.last(has), usable_cpus(), here.bf16)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
         """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`."""

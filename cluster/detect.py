@@ -99,6 +99,12 @@ def usable_cpus() -> int:
     return max(1, min([len(os.sched_getaffinity(0)), *_cpu_limits()]))
 
 
+def computes_in_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has instructions for bf16, with which `trainers.child.model.resolve_precision` trains on it."""
+    flags = _read(cpuinfo)
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def _memory_limits() -> Iterator[int]:
     """Bytes. Version 1 says a number that is larger than any machine where there is none."""
     for folder in _groups("memory"):

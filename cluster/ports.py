@@ -144,13 +144,14 @@ class EnvironmentCheck:
 class NodeReport:
     """What a node's agent sees: what it offers, and the attempts with a living process on it. `leaves_at`: it was told that
     it goes away then (Unix seconds). `checks`: the newest of each environment and kind. `cpus`: processors that its trainings may
-    use, all together."""
+    use, all together; `bf16`: whether these compute in bf16."""
 
     node: Node
     attempts: frozenset[Attempt] = frozenset()
     leaves_at: float | None = None
     checks: tuple[EnvironmentCheck, ...] = ()
     cpus: int = 1
+    bf16: bool = False
 
 
 @dataclass(frozen=True)

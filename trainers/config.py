@@ -126,8 +126,8 @@ class TrainConfig:
     best_checkpoint: Optional[str] = None
     """Weights of the checkpoint that had the lowest validation loss before `resume_from`, where that is another one."""
     outputs: List[str] = field(default_factory=list)
-    """More forms of the model beside it in the artifact: merged, gguf, curves, tensorboard; the last two where their libraries
-    are in the environment."""
+    """More forms of the model beside it in the artifact: merged, gguf, curves, tensorboard; what cannot be made is left out with a
+    warning."""
     collective_timeout_s: float = 600.0
     """How long the ranks wait for one that says nothing any more; below the scheduler's own limit for a job without progress."""
 

@@ -294,6 +294,7 @@ class Node(Table):
     park_gb: Mapped[float] = mapped_column(server_default="0")  # host memory for parked jobs
     draining: Mapped[bool] = mapped_column(server_default="false")
     notice_deadline: Mapped[datetime | None]  # the node goes then: a spot notice
+    bf16: Mapped[bool] = mapped_column(server_default="false")  # its processors compute in it
 
 
 class EnvironmentCheck(Table):

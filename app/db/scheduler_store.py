@@ -31,15 +31,15 @@ EVERYTHING = "*"
 _NODES = text(
     """
     INSERT INTO nodes (name, kind, slots, memory_gb, environments, models, park_gb, market, region, price_per_hour,
-        notice_deadline, seen_at, lost_at)
+        notice_deadline, bf16, seen_at, lost_at)
     SELECT name, kind, slots, memory_gb, environments, models, park_gb, market, region, price_per_hour,
-        to_timestamp(leaves_at), now(), NULL
+        to_timestamp(leaves_at), bf16, now(), NULL
     FROM jsonb_to_recordset(:rows) AS v(name text, kind text, slots int, memory_gb float, environments jsonb, models jsonb,
-        park_gb float, market text, region text, price_per_hour float, leaves_at float)
+        park_gb float, market text, region text, price_per_hour float, leaves_at float, bf16 boolean)
     ON CONFLICT (name) DO UPDATE SET kind = excluded.kind, slots = excluded.slots, memory_gb = excluded.memory_gb,
         environments = excluded.environments, models = excluded.models, park_gb = excluded.park_gb,
         market = excluded.market, region = excluded.region, price_per_hour = excluded.price_per_hour,
-        notice_deadline = excluded.notice_deadline, seen_at = excluded.seen_at, lost_at = NULL
+        notice_deadline = excluded.notice_deadline, bf16 = excluded.bf16, seen_at = excluded.seen_at, lost_at = NULL
     """
 ).bindparams(bindparam("rows", type_=JSONB))
 
@@ -226,4 +226,5 @@ def _node_row(report: NodeReport) -> dict[str, Any]:
         "region": node.region,
         "price_per_hour": node.price,
         "leaves_at": report.leaves_at,
+        "bf16": report.bf16,
     }

@@ -18,7 +18,7 @@ ROWS = {
     "sequence_classification": "text and label",
 }
 """The tasks that datasets are for, and what their rows hold."""
-GGUF_MODELS = ("llama", "mistral")
+GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """As `trainers.child.outputs.to_gguf` writes them."""
 
 
@@ -97,12 +97,22 @@ def _refuse_outputs(request: FinetuneRequest, way: Way) -> None:
         raise _idle("outputs", f"task {CAUSAL_LM}")
 
 
-def refuse_gguf(request: FinetuneRequest, base_config: dict[str, Any]) -> None:
-    """The child knows more reasons; this one is known at once. Raises `InvalidRequest`."""
-    model = base_config.get("model_type")
-    if "gguf" in (request.outputs or []) and model not in GGUF_MODELS:
+def refuse_gguf(request: FinetuneRequest, base_config: dict[str, Any], lock: dict[str, Any] | None) -> None:
+    """The child knows more reasons; these are known at once. `lock`: of the environment that was asked for. Raises
+    `InvalidRequest`."""
+    if "gguf" not in (request.outputs or []):
+        return
+    if lock and "conda" in lock and all(one["name"] != "gguf" for one in [*lock["conda"], *lock["pip"]]):
         raise InvalidRequest(
-            f"a {model} model is not written as GGUF here, only {' and '.join(GGUF_MODELS)} models are",
+            f"environment {request.environment} is without the package gguf, which writes that output",
+            code="output_unsupported",
+            param="outputs",
+            hint="Add gguf to the environment's packages, or take the output merged.",
+        )
+    model = base_config.get("model_type")
+    if model not in GGUF_MODELS:
+        raise InvalidRequest(
+            f"a {model} model is not written as GGUF here, only {', '.join(GGUF_MODELS)} models are",
             code="output_unsupported",
             param="outputs",
             hint="Take the output merged; llama.cpp's convert_hf_to_gguf.py knows more architectures.",

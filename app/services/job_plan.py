@@ -88,18 +88,22 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
     if way.method == CUSTOM:
         return _script_plan(repository, request, way, settings)
     base, parent, checkpoint = _begins_with(repository, request.base_model, way)
-    refuse_gguf(request, base.config or {})
+    environment = _environment(repository, request.environment) if request.environment else None
+    refuse_gguf(request, base.config or {}, environment.lock if environment else None)
     dataset = _dataset(repository, request.dataset_id, "dataset_id", way)
-    validation = request.validation_dataset_id
+    other = request.validation_dataset_id
+    validation = _dataset(repository, other, "validation_dataset_id", way) if other else None
     asked, hyperparams = request.hyperparams, resolve(request, way)
     _check_split(hyperparams, dataset)
+    evaluated = validation or (dataset if hyperparams.validation_split else None)
     training = Training(
         method=way.method,
         training_type=way.training_type,
         task=way.task,
+        precision="auto",
         batch_size=hyperparams.batch_size,
         packing=hyperparams.packing is not False,
-        validates=bool(validation or hyperparams.validation_split),
+        validation_len=sequence_length(hyperparams, evaluated.max_chars, base.config or {}) if evaluated else 0,
         seq_len=sequence_length(hyperparams, dataset.max_chars, base.config or {}),
         lora_r=hyperparams.lora_r,
         zero_stage=3 if hyperparams.offload == "parameters" else 2 if asked.zero_stage is None else asked.zero_stage,
@@ -124,8 +128,8 @@ def make_plan(session: Session, tenant: str, request: FinetuneRequest, settings:
         parent=parent,
         checkpoint=checkpoint,
         dataset=dataset,
-        validation=_dataset(repository, validation, "validation_dataset_id", way) if validation else None,
-        environment=_environment(repository, request.environment) if request.environment else None,
+        validation=validation,
+        environment=environment,
         hyperparams=hyperparams,
         choice=choice,
     )

@@ -92,10 +92,17 @@ def choose(asked: ResourceConfig, nodes: Sequence[Node], model: ModelFacts, want
     span = _span(asked, rules)
     found = candidates(asked, nodes, rules.fallback)
     offers = _offers(found.nodes, span)
-    way = replace(wanted.training, on_cpu=all(offer.kind == CPU for offer in offers))
+    way = _computed(wanted.training, found.nodes)
     ask = replace(wanted.ask, kinds=found.kinds, mem_limit_gb=asked.mem_limit_gb, slots=asked.num_gpus, nodes=span)
     options = choose_shapes(model.config, way, ask, offers, model.parameters)
     return Choice(tuple(options), found.warnings, found.priced)
+
+
+def _computed(training: Training, nodes: Sequence[Node]) -> Training:
+    """On a processor, and with the precision that the child will take there; the one that needs more where nodes differ."""
+    on_cpu = all(node.kind == CPU for node in nodes)
+    whole = on_cpu and training.precision == "auto" and not all(node.bf16 for node in nodes)
+    return replace(training, on_cpu=on_cpu, precision="fp32" if whole else training.precision)
 
 
 def candidates(asked: ResourceConfig, nodes: Sequence[Node], fallback: bool) -> Candidates:

@@ -7,9 +7,11 @@ import psutil
 import pytest
 
 from cluster import detect as detecting
-from cluster.detect import Gpu, cpu_slots, detect, machine_memory_gb, parse_gpus, usable_cpus
+from cluster.detect import Gpu, computes_in_bf16, cpu_slots, detect, machine_memory_gb, parse_gpus, usable_cpus
 from cluster.errors import InvalidRequest, Unavailable
 from cluster.ports import NodeSettings
+from trainers.child.model import resolve_precision
+from trainers.config import TrainConfig
 
 EIGHT_A100 = "NVIDIA A100-SXM4-80GB, 81920\n" * 8
 
@@ -133,3 +135,12 @@ def test_processors_that_this_process_may_use(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{limit}\n")
     assert usable_cpus() == cpus
+
+
+def test_a_processor_has_bf16_where_a_training_finds_it(tmp_path: Path) -> None:
+    config = TrainConfig(base_model="m", train_file="t", output_dir="o")
+    assert computes_in_bf16() == (resolve_precision(config) == "bf16")
+    for flags, able in (("fpu avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True), ("fpu avx2 avx512f", False)):
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+        assert computes_in_bf16(tmp_path / "cpuinfo") is able
+    assert not computes_in_bf16(tmp_path / "none")

@@ -83,7 +83,7 @@ def write_artifact(loaded: Loaded, config: TrainConfig, run: Run, weights: Weigh
     (temporary / "README.md").write_text(_readme(config, base, loaded, run.metrics), encoding="utf-8")
     left_out = add_forms(temporary, config)
     run.journal.write(temporary)
-    add_curves(temporary, config.outputs, run.journal)
+    left_out += add_curves(temporary, config.outputs, run.journal)
     return Artifact(folder, publish(temporary, folder), left_out)
 
 

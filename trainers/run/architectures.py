@@ -59,6 +59,10 @@ class ModelShape:
     layer: Layer
     tied: bool
     causal: bool = True
+    window: int | None = None
+    """Tokens that a layer looks back over, where that is not all of them."""
+    windowed: int = 0
+    """Layers that have the window."""
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -101,7 +105,17 @@ def _gated(config: Config) -> ModelShape:
     total = layers * (weights + _gated_biases(config, layer.linears)) + hidden + embeddings
     context = int(config.get("max_position_embeddings", 4096))
     sizes = (layers, hidden, intermediate, heads, q_width, kv_width, vocabulary, context)
-    return ModelShape(total, embeddings, *sizes, layer, tied)
+    return ModelShape(total, embeddings, *sizes, layer, tied, True, *_window(config, layers))
+
+
+def _window(config: Config, layers: int) -> tuple[int | None, int]:
+    """(tokens, layers that have it)."""
+    kind = config["model_type"]
+    if not config.get("sliding_window") or not config.get("use_sliding_window", kind not in _WINDOW_ON_REQUEST):
+        return None, 0
+    types = config.get("layer_types")
+    whole = layers // int(config.get("sliding_window_pattern", 6)) if kind == "gemma3_text" else 0
+    return int(config["sliding_window"]), types.count("sliding_attention") if types else layers - whole
 
 
 def _gated_biases(config: Config, linears: tuple[Linear, ...]) -> int:
@@ -165,6 +179,7 @@ def _weights(linears: tuple[Linear, ...]) -> int:
 
 _HEAD_DIM = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 """Where a config may leave it out; elsewhere the hidden size divided by the heads."""
+_WINDOW_ON_REQUEST = ("qwen2", "qwen3", "smollm3")
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
 _READERS: dict[str, Callable[[Config], ModelShape]] = {
     **dict.fromkeys(_GATED, _gated),

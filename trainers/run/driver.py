@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import queue
 import threading
@@ -308,7 +307,6 @@ class JobDriver:
             "method": self._assignment.method,
             "task": self._assignment.task,
             "training_type": self._assignment.training_type,
-            "code_version": importlib.metadata.version("heliostat"),
             "attempt": self._assignment.attempt,
             "kind": self._assignment.kind,
             "world_size": self._assignment.placement.slots,

@@ -62,8 +62,8 @@ class Training:
     """Rows in one forward pass; 1 is the smallest that works, and the micro-batch is ours to choose."""
     batch_size: int | None = None
     """Rows of one step over all slots; None: so many that gradients are summed over several forward passes."""
-    validates: bool = False
-    """Rows that are not trained on are evaluated, questions answered."""
+    validation_len: int = 0
+    """Tokens of the longest row that is not trained on but evaluated, and whose question is answered; 0: there is none."""
     packing: bool = True
     """Short rows share a forward pass, where the architecture allows it."""
     lora_r: int = 16
@@ -135,20 +135,25 @@ def tokens_per_pass(shape: ModelShape, training: Training) -> int:
     """Of one forward pass, at most. DPO computes both answers of a pair together."""
     rows = training.micro_batch if training.share is None else min(training.micro_batch, training.share)
     tokens = rows * training.seq_len
-    if _packs(shape, training):
+    if training.packs and shape.causal:  # what cannot be packed goes as many tokens to a pass
         room = training.seq_len * (training.share or PIECE_TOKENS)
         tokens = max(tokens, training.seq_len, min(PIECE_TOKENS, room))
     return tokens * (2 if training.method == "dpo" else 1)
 
 
 def _packs(shape: ModelShape, training: Training) -> bool:
-    return training.packs and shape.causal
+    """Whether several rows may be one sequence; beyond its window an architecture cannot."""
+    return training.packs and shape.causal and not _beyond_window(shape, training)
+
+
+def _beyond_window(shape: ModelShape, training: Training) -> bool:
+    return shape.window is not None and training.seq_len > shape.window
 
 
 def _moments(shape: ModelShape, training: Training) -> list[dict[str, int]]:
     tokens, gradients = tokens_per_pass(shape, training), _gradients(shape, training)
     kept, layer_work = _activations(shape, training, tokens), _layer_work(shape, training, tokens)
-    again = _one_layer(shape, training, tokens) if training.checkpointing else 0
+    again = _one_layer(shape, training, tokens) + _window_mask(shape, training) if training.checkpointing else 0
     several = _passes(shape, training, tokens) > 1
     first = 0 if training.adapts else min(gradients, _head_bytes(shape, training))
     logits, head_work = _head(shape, training, tokens)
@@ -158,13 +163,13 @@ def _moments(shape: ModelShape, training: Training) -> list[dict[str, int]]:
         _parts(max(before, first), kept + again, logits, layer_work),
         _parts(gradients, kept // shape.layers + again, 0, layer_work + first),
         _update(shape, training),
-        *([_evaluation(shape, training)] if training.validates else []),
+        *([_evaluation(shape, training)] if training.validation_len else []),
     ]
 
 
 def _evaluation(shape: ModelShape, training: Training) -> dict[str, int]:
     """Keys and values of questions as long as the longest row, and one layer over all of them at once."""
-    tokens = ANSWERED * training.seq_len
+    tokens = ANSWERED * training.validation_len
     answers = shape.causal and training.task == "causal_lm"
     keys = tokens * shape.layers * 2 * shape.kv_width * training.width if answers else 0
     one_layer = training.width * max(3 * shape.intermediate, 4 * shape.q_width) + 8 * shape.hidden
@@ -229,7 +234,15 @@ def _activations(shape: ModelShape, training: Training, tokens: int) -> int:
     mask = tokens * tokens * (training.width + 1) if _packs(shape, training) else 0
     inputs = tokens * training.width * shape.hidden
     each = inputs if training.checkpointing else _one_layer(shape, training, tokens)
-    return shape.layers * each + tokens * ends + mask
+    masks = 0 if training.checkpointing else shape.windowed * _window_mask(shape, training)
+    return shape.layers * each + tokens * ends + mask + masks
+
+
+def _window_mask(shape: ModelShape, training: Training) -> int:
+    """Of one layer: torch makes numbers of what may be seen, for each layer anew. gemma2 adds it to its scores."""
+    if shape.layer.scores == "capped" or not _beyond_window(shape, training):
+        return 0
+    return training.seq_len**2 * training.width
 
 
 def _one_layer(shape: ModelShape, training: Training, tokens: int) -> int:
@@ -266,7 +279,8 @@ def _attention(shape: ModelShape, training: Training, length: int) -> int:
     if layer.scores == "dropped" and training.on_cpu:
         return 3 * 4 * shape.q_width + 12 * shape.heads * length
     # with a mask of its own torch wants as many keys and values as queries; its output is the next linear's input
-    keys = shape.q_width if _packs(shape, training) else shape.kv_width
+    masked = _packs(shape, training) or _beyond_window(shape, training)
+    keys = shape.q_width if masked else shape.kv_width
     return width * (shape.q_width + 2 * keys) + 4 * shape.heads
 
 

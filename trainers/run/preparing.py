@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ TRAIN, VALIDATION, ADAPTER, RESUME, OUT = "data/train.jsonl", "data/validation.j
 PROGRAM, BEST = "program", "best"
 """Below the scratch folder of the attempt."""
 ALWAYS = ("curves", "tensorboard")
-"""Outputs that every artifact has where the environment has their libraries."""
+"""Outputs that every artifact has; a job in an environment without their libraries says so."""
 _NO_WEIGHTS = (
     "state.json",
     "random.pt",
@@ -252,6 +253,7 @@ def lineage(assignment: Assignment) -> dict[str, object]:
         "dataset_sha256": assignment.dataset_sha256,
         "validation_sha256": assignment.validation_sha256,
         "environment": assignment.fingerprint,
+        "code_version": importlib.metadata.version("heliostat"),
         "output_model": assignment.output_model,
         **(
             {"entrypoint": script.entrypoint, "params": script.params, "code_sha256": folder_sha256(script.files)}

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from builders_api import LLAMA_7B, TINY, Api, jsonl, upload
-from builders_db import make_base_model, make_job, make_node
+from builders_db import make_base_model, make_environment, make_job, make_node
 from builders_llama import make_hollow_llama
 from sqlalchemy import func, select, update
 
@@ -265,6 +265,22 @@ def test_what_saves_memory_is_chosen_where_it_must_be_or_as_it_is_asked_for(api:
     assert {name: given[name] for name in asked} == asked
 
 
+def test_the_estimate_knows_where_it_runs_and_what_it_validates_on(api: Api, acme: httpx.Client) -> None:
+    def memory_gb(**body: Any) -> float:
+        return float(
+            estimated(acme, base_model="big", resource_config={"mem_limit_gb": 9999}, **body)["estimate"]["memory_gb"]
+        )
+
+    upload(acme, jsonl({"text": "a " * 2000}, {"text": "b"}), "long")
+    with api.database.platform() as session:
+        session.execute(update(Node).values(memory_gb=9999.0))
+    plain, long = memory_gb(), memory_gb(validation_dataset_id="long")
+    assert memory_gb(validation_dataset_id="rows") < long, "longer rows to validate on need more"
+    with api.database.platform() as session:
+        session.execute(update(Node).values(bf16=True))
+    assert memory_gb() < 0.7 * plain
+
+
 def test_what_shapes_a_run_reaches_its_configuration(acme: httpx.Client) -> None:
     asked = {"early_stopping_patience": 2, "n_checkpoints": 3, "packing": False, "use_liger_kernel": False}
     hyperparams = estimated(acme, validation_split=0.25, hyperparams={**asked, "rslora": True})["hyperparams"]
@@ -276,6 +292,13 @@ def test_forms_that_were_asked_for_reach_the_attempt(api: Api, acme: httpx.Clien
     job = acme.post("/finetune", json={**MINIMAL, "outputs": ["adapter", "merged", "gguf"]}).json()
     with api.database.platform() as session:
         assert session.get_one(Job, job["id"]).request["outputs"] == ["adapter", "merged", "gguf"]
+        lock = {"base": {"name": "cpu", "packages": {}}, "conda": [{"name": "pytorch"}], "pip": []}
+        make_environment(session, name="own", lock=lock)
+        make_environment(session, name="able", lock={**lock, "pip": [{"name": "gguf"}]}, fingerprint="e" * 64)
+    error = refused(acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"], "environment": "own"}), 422)
+    assert (error["code"], error["param"]) == ("output_unsupported", "outputs") and "packages" in error["hint"]
+    assert acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"], "environment": "able"}).status_code == 202
+    with api.database.platform() as session:
         session.scalars(select(BaseModel).where(BaseModel.name == "tiny")).one().config = {"model_type": "gpt2"}
     error = refused(acme.post("/finetune", json={**MINIMAL, "outputs": ["gguf"]}), 422)
     assert (error["code"], error["param"]) == ("output_unsupported", "outputs")

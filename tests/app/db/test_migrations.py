@@ -79,7 +79,13 @@ def test_a_filled_database_of_the_first_version_moves_up(postgres_server: Embedd
             None,
             5,
         )
-        assert (node.market, node.region, node.price_per_hour, node.draining) == ("on_demand", "", 0.0, False)
+        assert (node.market, node.region, node.price_per_hour, node.draining, node.bf16) == (
+            "on_demand",
+            "",
+            0.0,
+            False,
+            False,
+        )
     for who, jobs, leases in (("acme", 2, 2), ("rival", 0, 0)):
         with database.tenant(who) as session:
             assert session.scalar(select(func.count()).select_from(Job)) == jobs

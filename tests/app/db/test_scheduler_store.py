@@ -194,6 +194,13 @@ def test_nodes_are_reported_lost_and_found(database: Database, store: SqlSchedul
             assert set(session.scalars(select(Node.name).where(Node.lost_at.is_not(None)))) == lost
 
 
+def test_what_a_node_computes_in_is_kept(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
+    for able in (True, False):
+        store.report_nodes(epoch, [NodeReport(CoreNode("one", "cpu", 2, 4.0), bf16=able)])
+        with database.platform() as session:
+            assert session.get_one(Node, "one").bf16 is able
+
+
 def test_the_newest_check_of_each_kind_is_kept(database: Database, store: SqlSchedulerStore, epoch: int) -> None:
     node = CoreNode("one", "cpu", 2, 4.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from app.db.models import Node
@@ -43,6 +45,23 @@ def test_the_operator_says_how_many_nodes_a_training_may_span() -> None:
         chosen([node("a", 2), node("b", 2)], 1, num_gpus=4, num_nodes=2)
     assert (caught.value.code, caught.value.param) == ("unsupported_num_nodes", "resource_config.num_nodes")
     assert "training.max_nodes" in (caught.value.hint or "")
+
+
+def test_a_cpu_that_does_not_compute_in_bf16_needs_the_memory_of_fp32() -> None:
+    """As the child resolves `auto`. One such node is enough: nobody knows yet where the job will run."""
+    able, unable = node("a", 1), node("b", 1)
+    able.bf16, unable.bf16 = True, False
+    config = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}  # fmt: skip
+    model, auto = ModelFacts(config, None), Training(precision="auto", seq_len=512)
+
+    def needs(nodes: list[Node], training: Training) -> float:
+        return choose(ResourceConfig(), nodes, model, Wanted(training, Ask()), Rules()).estimate.total_gb
+
+    half, whole = (needs([able], replace(auto, precision=precision)) for precision in ("bf16", "fp32"))
+    assert whole > 1.3 * half
+    assert needs([able], auto) == half and needs([unable], auto) == needs([able, unable], auto) == whole
+    assert needs([unable], replace(auto, precision="bf16")) == half
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from trainers.child import session
 from trainers.child.failure import TrainFailure
+from trainers.child.loss import SummedLoss
+from trainers.child.packing import PACKED_TOKENS, Piece
 from trainers.child.rank import run_rank
 from trainers.config import TrainConfig
 
@@ -76,6 +78,28 @@ def test_the_micro_batch_does_not_change_the_loss(tiny_llama: Path, capitals: Pa
     ]
     losses = [[step["loss"] for step in run.of("step")] for run in runs]
     assert losses[0] == pytest.approx(losses[2], rel=1e-5) and losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+@pytest.mark.parametrize(("packing", "most"), [(None, PACKED_TOKENS), (False, 16 * 160)])
+def test_rows_that_could_not_be_packed_take_as_many_tokens_as_packed_ones(
+    packing: bool | None, most: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory estimate counts on that; only who declines packing has a micro-batch chosen with the memory in view."""
+    windowed = shutil.copytree(tiny_llama, tmp_path / "windowed")
+    config = json.loads((windowed / "config.json").read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    (windowed / "config.json").write_text(json.dumps(config | mistral))
+    passes: list[int] = []
+    forward = SummedLoss.forward
+
+    def watched(loss: SummedLoss, piece: Piece, rows: int | None = None) -> torch.Tensor:
+        passes.append(len(piece.ids) * len(piece.ids[0]))
+        return forward(loss, piece, rows)
+
+    monkeypatch.setattr(SummedLoss, "forward", watched)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the capital of france is paris " * 40}] * 16)
+    train(make_config(windowed, rows, tmp_path / "out", batch_size=16, max_steps=1, max_seq_len=160, packing=packing))
+    assert most // 2 < max(passes) <= most
 
 
 def test_evaluation_changes_no_number_and_comes_before_during_and_after(

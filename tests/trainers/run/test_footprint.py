@@ -135,6 +135,23 @@ def test_rows_without_packing_attend_to_fewer_keys() -> None:
     assert footprint(shape_of(CONFIGS[0]), training)["activations"] == pytest.approx(found, rel=0.04)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        gated("mistral", sliding_window=16),
+        gated("gemma3_text", sliding_window=16, sliding_window_pattern=3),
+        gated("qwen2", sliding_window=16, use_sliding_window=False),
+    ],
+    ids=lambda one: one["model_type"],
+)
+def test_beyond_its_window_each_layer_keeps_a_mask(config: dict[str, Any], precision: str) -> None:
+    training = Training(precision=precision, seq_len=480, batch_size=1, on_cpu=True, lora_r=4, packing=False)
+    found, _ = kept_bytes(config, training)
+    packing = replace(training, packing=config["model_type"] != "qwen2")  # the others cannot
+    assert footprint(shape_of(config), packing)["activations"] == pytest.approx(found, rel=0.06)
+
+
 def test_the_constants_are_those_of_the_child() -> None:
     ours, theirs = (PIECE_TOKENS, HEAD_CHUNK, BUCKET, ANSWERED), (PACKED_TOKENS, CHUNK_LOGITS, CHILD_BUCKET, MAX_BATCH)
     assert ours == theirs
@@ -165,10 +182,12 @@ def test_dpo_computes_both_answers_at_once() -> None:
 
 def test_answering_questions_may_need_more_than_training() -> None:
     shape, training = shape_of(gated("llama", num_key_value_heads=4)), Training(seq_len=512, packing=False)
-    plain, answering = footprint(shape, training), footprint(shape, replace(training, validates=True))
+    plain, answering = footprint(shape, training), footprint(shape, replace(training, validation_len=512))
     assert sum(answering.values()) > sum(plain.values())
+    longer = footprint(shape, replace(training, validation_len=1024))
+    assert longer["activations"] == 2 * answering["activations"]
     assert answering["activations"] == 16 * 512 * 3 * 2 * 96 * 2, "rows, tokens, layers, keys and values"
-    classes = replace(training, task="sequence_classification", validates=True)
+    classes = replace(training, task="sequence_classification", validation_len=512)
     assert footprint(shape, classes)["activations"] < answering["activations"]
 
 

@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     command("merged", _merged, "A LoRA adapter merged into its base.", "base", "adapter", "out")
-    gguf = command("gguf", _gguf, "A Llama or Mistral folder as one GGUF file.", "folder", "out")
+    gguf = command("gguf", _gguf, "A Llama, Mistral or Qwen folder as one GGUF file.", "folder", "out")
     gguf.add_argument("--type", default="bf16", help="f32, f16 or bf16")
-    gguf.add_argument("--pretokenizer", default="default", help="llama.cpp's name of it, such as llama-bpe")
+    gguf.add_argument("--pretokenizer", help="llama.cpp's name of it, such as llama-bpe; else as tokenizer.json has it")
     command("curves", _curves, "Loss and more over the steps, as PNG.", "messages", "out")
     command("tensorboard", _tensorboard, "The same as TensorBoard event files.", "messages", "out")
     return parser

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 
 LINEAGE = {
-    "base_model_hash": "base model, SHA-256",
-    "dataset": "dataset",
-    "dataset_fingerprint": "dataset, SHA-256",
+    "job_id": "job",
+    "base_model_sha256": "base model, SHA-256",
+    "adapter_prefix": "continues",
+    "dataset_sha256": "dataset, SHA-256",
+    "validation_sha256": "validation rows, SHA-256",
     "environment": "environment",
-    "environment_fingerprint": "environment, SHA-256",
-    "code_version": "code",
-    "job": "job",
+    "code_version": "Heliostat",
 }
-"""Of a run's metadata, what has a line of its own."""
+"""Of what `trainers.run.preparing.lineage` says, that which has a line of its own."""
 LOADING = {
     "lora": """from peft import PeftModel
 from transformers import AutoModelFor{kind}, AutoTokenizer
@@ -59,7 +59,9 @@ def model_card(card: Card) -> str:
         f"# {what} tuned from {card.base}",
         card.note or "",
         _section("Figures", _rows(card.metrics)),
-        _section("Lineage", _rows({LINEAGE[key]: value for key, value in card.metadata.items() if key in LINEAGE})),
+        _section(
+            "Lineage", _rows({LINEAGE[key]: value for key, value in card.metadata.items() if key in LINEAGE and value})
+        ),
         f"## Load it\n\n```python\n{_loading(card)}\n```",
         "The base model's licence and limits hold for this one too.",
         f"## All of it\n\n```json\n{json.dumps(_everything(card), indent=2, default=str)}\n```",

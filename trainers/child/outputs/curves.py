@@ -62,7 +62,5 @@ def require_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        hint = (
-            f"Install {name.split('.')[0]} into this environment (`pip install 'heliostat[outputs]'` has all of them)."
-        )
+        hint = f"Add {name.split('.')[0]} to the packages of this environment."
         raise TrainFailure("package_missing", f"This needs {name}, which is not installed.", hint=hint) from error

@@ -3,8 +3,6 @@ training was not for nothing."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ def require_forms(config: TrainConfig) -> None:
         raise TrainFailure("output_unsupported", message, hint="Leave it out.")
     if GGUF in wanted:
         require_library("gguf")
-        require_known(json.loads((Path(config.base_model) / "config.json").read_text(encoding="utf-8")), "bf16")
+        require_known(Path(config.base_model))
 
 
 def add_forms(folder: Path, config: TrainConfig) -> List[str]:
@@ -52,12 +50,15 @@ def add_forms(folder: Path, config: TrainConfig) -> List[str]:
     return left_out
 
 
-def add_curves(folder: Path, outputs: Sequence[str], journal: Journal) -> None:
-    """`curves.png` and `tensorboard/`, each where its library is in the environment."""
+def add_curves(folder: Path, outputs: Sequence[str], journal: Journal) -> List[str]:
+    """Writes `curves.png` and `tensorboard/`; as `add_forms`."""
+    left_out: List[str] = []
     history = journal.history()
-    if not history.series:
-        return
-    if CURVES in outputs and importlib.util.find_spec("matplotlib") is not None:
-        draw(history, folder / "curves.png")
-    if TENSORBOARD in outputs and importlib.util.find_spec("tensorboardX") is not None:
-        write_events(history, folder / TENSORBOARD)
+    for form, name, write in ((CURVES, "curves.png", draw), (TENSORBOARD, TENSORBOARD, write_events)):
+        if form not in outputs or not history.series:
+            continue
+        try:
+            write(history, folder / name)
+        except TrainFailure as failure:
+            left_out.append(f"The model is stored without {name}: {failure.message} {failure.hint}")
+    return left_out

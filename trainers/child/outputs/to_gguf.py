@@ -1,5 +1,5 @@
-"""A Llama or Mistral folder as one GGUF file, for llama.cpp and what is built on it. Weights are not quantised. What this cannot
-write so that it means the same is refused: other architectures, scaled rotary positions, tokenizers other than byte-level BPE."""
+"""A Llama, Mistral or Qwen folder as one GGUF file, for llama.cpp and what is built on it. Weights are not quantised. What this
+cannot write so that it means the same is refused: other architectures, scaled rotary positions, tokenizers by unknown rules."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
 from trainers.child.failure import TrainFailure
+from trainers.child.outputs.pretokenizer import Described, pretokenizer_of, read_tokenizer
 from trainers.child.shards import Shards
 
 Config = Mapping[str, Any]
 
-ARCHITECTURES = ("llama", "mistral")
-"""llama.cpp knows both as `llama`."""
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""What llama.cpp calls them."""
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """Kinds of tokens, as GGUF numbers them."""
 
 
-def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: str = "default") -> None:
-    """`kind`: of the matrices, f32, f16 or bf16; norms stay f32. `pretokenizer`: llama.cpp's name of the rule by which text is
-    split before BPE (`llama-bpe`, `smollm`, …), which a tokenizer.json does not say. Raises TrainFailure."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    require_known(config, kind)
+def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: Optional[str] = None) -> None:
+    """`kind`: of the matrices, f32, f16 or bf16; norms and biases stay f32. `pretokenizer`: llama.cpp's name of the rule by which text
+    is split before BPE (`llama-bpe`, `smollm`, …), where it is not to be found in the tokenizer.json. Raises TrainFailure."""
+    config, described = read_known(folder, kind)
+    pretokenizer = pretokenizer or pretokenizer_of(described)
     gguf = importlib.import_module("gguf")
     temporary = file.with_name(f".{file.name}.tmp")
     with Shards(folder) as shards:
-        writer = gguf.GGUFWriter(temporary, "llama", use_temp_file=True)
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config["model_type"]], use_temp_file=True)
         _write_sizes(writer, config, folder.name, gguf.LlamaFileType[_file_type(kind)])
-        _write_tokenizer(writer, folder, pretokenizer)
+        _write_tokenizer(writer, folder, described, config["vocab_size"])
+        writer.add_tokenizer_pre(pretokenizer)
         for name, tensor in _tensors(gguf, shards, config):
             small = tensor.ndim == 1
             wanted = gguf.GGMLQuantizationType["F32" if small else TYPES[kind]]
@@ -45,17 +47,30 @@ def to_gguf(folder: Path, file: Path, kind: str = "bf16", pretokenizer: str = "d
     temporary.replace(file)
 
 
-def require_known(config: Config, kind: str) -> None:
+def require_known(folder: Path) -> None:
     """Raises TrainFailure for a model that this cannot write so that it means the same."""
+    pretokenizer_of(read_known(folder)[1])
+
+
+def read_known(folder: Path, kind: str = "bf16") -> Tuple[Config, Described]:
+    """(its config.json, its tokenizer.json). Raises TrainFailure, but for a rule of the tokenizer that is not known."""
+    config: Config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _check(config, kind)
+    return config, read_tokenizer(folder)
+
+
+def _check(config: Config, kind: str) -> None:
     if kind not in TYPES:
         raise _refused(f"{kind!r} is no type of weights.", f"Use one of {', '.join(TYPES)}.")
     model = config.get("model_type")
     if model not in ARCHITECTURES:
-        raise _refused(f"A {model!r} model is not written as GGUF here, only {' and '.join(ARCHITECTURES)} are.")
+        raise _refused(f"A {model!r} model is not written as GGUF here, only {', '.join(ARCHITECTURES)} are.")
     if _rope(config).get("rope_type", "default") != "default":
         raise _refused("Its rotary positions are scaled.")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise _refused("Its linear layers have biases.")
+    if config.get("use_sliding_window"):
+        raise _refused("Its layers look back over a window.")
 
 
 def _refused(message: str, hint: str = "llama.cpp's convert_hf_to_gguf.py knows more architectures.") -> TrainFailure:
@@ -92,16 +107,12 @@ def _write_sizes(writer: Any, config: Config, name: str, file_type: int) -> None
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _write_tokenizer(writer: Any, folder: Path, pretokenizer: str) -> None:
+def _write_tokenizer(writer: Any, folder: Path, described: Described, size: int) -> None:
     from transformers import AutoTokenizer
 
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if described["model"].get("type") != "BPE" or "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
-        raise _refused("Its tokenizer is no byte-level BPE.")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokens, kinds = _vocabulary(described, json.loads((folder / "config.json").read_text())["vocab_size"])
+    tokens, kinds = _vocabulary(described, size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pretokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in _merges(described)])
@@ -129,13 +140,13 @@ def _vocabulary(described: Mapping[str, Any], size: int) -> Tuple[List[str], Lis
 
 
 def _tensors(gguf: Any, shards: Shards, config: Config) -> Iterator[Tuple[str, torch.Tensor]]:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads = config["num_attention_heads"]
-    turned = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
+    architecture, heads = ARCHITECTURES[config["model_type"]], config["num_attention_heads"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
+    turned = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads} if architecture == "llama" else {}
     for name in shards.names:
         if name.endswith("rotary_emb.inv_freq"):
             continue
-        target = names.get_name(name, try_suffixes=(".weight",))
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise _refused(f"Its tensor {name} has no place in a GGUF file.")
         tensor, owner = shards.read(name), name.split(".")[-2]

@@ -41,7 +41,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     loaded = fuse(loaded, config, world, control)
     loss.find_shortcuts(packing=hyper.packing if short else False, max_seq_len=data.max_seq_len)
     config = replace(config, hyperparams=replace(hyper, packing=loss.packs))
-    if loss.packs:
+    if short and hyper.packing is not False:  # the memory estimate counts on packed passes
         micro = min(micro, max(1, PACKED_TOKENS // data.max_seq_len))
     loss.train()
     torch.manual_seed(hyper.seed + world.rank)  # dropout differs from rank to rank

@@ -16,7 +16,7 @@ from trainers.child.kernels import fuse
 from trainers.child.loss import SummedLoss
 from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
-from trainers.child.packing import packs
+from trainers.child.packing import PACKED_TOKENS, packs
 from trainers.child.rows import read_data
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update, warn
 from trainers.child.token_cache import TokenCache
@@ -41,6 +41,8 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     loss.find_shortcuts(packing=config.hyperparams.packing, max_seq_len=data.max_seq_len)
     if config.hyperparams.packing and not loss.packs:
         warn(control, "Rows are not packed: this architecture does not give the same numbers that way.")
+    if config.hyperparams.packing is not False and not loss.packs:  # the memory estimate counts on packed passes
+        micro = min(micro, max(1, PACKED_TOKENS // data.max_seq_len))
     config = replace(config, hyperparams=replace(config.hyperparams, packing=loss.packs))
     loss.train()
     torch.manual_seed(config.hyperparams.seed + world.rank)  # dropout differs from rank to rank

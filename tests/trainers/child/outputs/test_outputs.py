@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
+import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders_llama import make_tiny_llama
+from fakes_driver import make_assignment
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, pre_tokenizers
 
+from cluster.storage.objects import ObjectStore
 from trainers.child.failure import TrainFailure
 from trainers.child.outputs.__main__ import main
-from trainers.child.outputs.card import Card, model_card
+from trainers.child.outputs.card import LINEAGE, Card, model_card
 from trainers.child.outputs.curves import draw, write_events
-from trainers.child.outputs.history import History, read_history
+from trainers.child.outputs.forms import add_curves, require_forms
+from trainers.child.outputs.history import History, Journal, read_history
 from trainers.child.outputs.merged import merge
 from trainers.child.outputs.to_gguf import to_gguf
 from trainers.child.shards import INDEX, Shards
+from trainers.config import TrainConfig
+from trainers.run.preparing import lineage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -135,12 +147,38 @@ def test_transformers_reads_the_gguf_file(base: Path, tmp_path: Path, kind: str,
     assert there.chat_template == here.chat_template and there.eos_token_id == here.eos_token_id
 
 
+@pytest.mark.parametrize(("kind", "head_dim"), [("Qwen2", 16), ("Qwen3", 128)])
+def test_qwen_models_have_their_gguf_file_too(base: Path, tmp_path: Path, kind: str, head_dim: int) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "head_dim": head_dim,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, bos_token_id=0, eos_token_id=2)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # biases begin as zeros, norms as ones
+                weight.add_(torch.randn_like(weight), alpha=0.3)
+    folder = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model.save_pretrained(folder)
+    to_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert torch.allclose(logits_of(tmp_path, gguf_file="model.gguf"), logits_of(folder), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"model_type": "gemma"}, "gemma"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "scaled"),
         ({"attention_bias": True}, "biases"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "window"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(base: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -153,6 +191,77 @@ def test_what_gguf_cannot_say_is_refused(base: Path, tmp_path: Path, change: dic
     with pytest.raises(TrainFailure, match=reason):
         to_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def with_tokenizer(base: Path, folder: Path, **changes: Any) -> Path:
+    """The model with parts of its tokenizer.json replaced."""
+    shutil.copytree(base, folder)
+    described = json.loads((base / "tokenizer.json").read_text())
+    described["model"] |= changes.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(described | changes))
+    return folder
+
+
+def pre_of(*steps: Any) -> Any:
+    """As tokenizers writes it."""
+    return json.loads(pre_tokenizers.Sequence(list(steps)).__getstate__())
+
+
+WORDS, BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole) for whole in (True, False))
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_2 = LLAMA_3.replace("{1,3}", "")
+PRETOKENIZERS: list[tuple[dict[str, Any], str]] = [
+    ({"pre_tokenizer": pre_of(WORDS)}, "gpt-2"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Digits(individual_digits=True), WORDS)}, "smollm"),
+    (
+        {
+            "pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(QWEN_2), "isolated"), BYTES),
+            "normalizer": {"type": "NFC"},
+        },
+        "qwen2",
+    ),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES)}, "dbrx"),
+    (
+        {
+            "pre_tokenizer": pre_of(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES),
+            "model": {"ignore_merges": True},
+        },
+        "llama-bpe",
+    ),
+]
+NO_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"pre_tokenizer": pre_of(pre_tokenizers.ByteLevel(add_prefix_space=True))}, "byte-level"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Metaspace())}, "byte-level"),
+    ({"pre_tokenizer": None}, "byte-level"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Digits(individual_digits=False), WORDS)}, "splits text"),
+    ({"pre_tokenizer": pre_of(pre_tokenizers.Split(Regex("a+"), "isolated"), BYTES)}, "splits text"),
+    ({"normalizer": {"type": "Lowercase"}}, "splits text"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name"), PRETOKENIZERS, ids=lambda one: one if isinstance(one, str) else "")
+def test_gguf_names_the_rule_by_which_the_tokenizer_splits(
+    base: Path, tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    from gguf import GGUFReader
+
+    to_gguf(with_tokenizer(base, tmp_path / "model", **changes), tmp_path / "model.gguf", "f32")
+    assert GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.ggml.pre").contents() == name
+
+
+@pytest.mark.parametrize(("changes", "reason"), NO_RULES)
+def test_a_tokenizer_that_gguf_has_no_rule_for_is_refused_before_the_training(
+    base: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    model = with_tokenizer(base, tmp_path / "model", **changes)
+    config = TrainConfig(base_model=str(model), train_file="rows", output_dir="out", outputs=["gguf"])
+    with pytest.raises(TrainFailure, match=reason) as caught:
+        require_forms(config)
+    assert caught.value.code == "gguf_unsupported"
+    require_forms(replace(config, outputs=["merged"]))
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(TrainFailure, match=r"no tokenizer\.json"):
+        require_forms(config)
 
 
 def history() -> History:
@@ -178,6 +287,22 @@ def test_the_curves_are_a_picture(tmp_path: Path) -> None:
         draw(read_history([]), tmp_path / "none.png")
 
 
+def test_curves_without_their_library_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal()
+    assert add_curves(tmp_path, ["curves", "tensorboard"], journal) == [], "nothing to show"
+    journal.add("step", 1, {"loss": 1.0})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (missing,) = add_curves(tmp_path, ["curves", "tensorboard"], journal)
+    assert "curves" in missing and "matplotlib" in missing
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
+def test_the_libraries_of_the_forms_come_with_the_service() -> None:
+    project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {Requirement(one).name for one in project["dependencies"]}
+    assert {"gguf", "matplotlib", "tensorboardX"} <= needs
+
+
 def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
@@ -194,7 +319,9 @@ def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     assert {(3, "train/loss", 1.25), (3, "validation/loss", 1.5), (0, "validation/exact_match", 0.0)} <= set(values)
 
 
-def test_the_card_says_where_it_comes_from_and_how_good_it_is() -> None:
+def test_the_card_says_where_it_comes_from_and_how_good_it_is(tmp_path: Path) -> None:
+    assignment = make_assignment(ObjectStore(str(tmp_path)), validation_sha256="e" * 64)
+    told = lineage(assignment)
     card = Card(
         base="llama-7b",
         method="sft",
@@ -202,13 +329,19 @@ def test_the_card_says_where_it_comes_from_and_how_good_it_is() -> None:
         precision="bf16",
         hyperparams={"lr": 2e-4},
         metrics={"validation_loss": 0.123456, "a|b": 1},
-        metadata={"job": "ftjob-1", "dataset_fingerprint": "d" * 64, "other": 7},
+        metadata={**told, "other": 7},
         note="Mind the gap.",
     )
     text = model_card(card)
     assert text.startswith('---\nbase_model: "llama-7b"\nlibrary_name: peft\n')
     assert "| validation_loss | 0.1235 |" in text and "| a\\|b | 1 |" in text
-    assert "| job | ftjob-1 |" in text and "d" * 64 in text and "Mind the gap." in text
+    assert "Mind the gap." in text
+    table = text.split("## Lineage")[1].split("## ")[0]
+    assert f"| job | {assignment.job_id} |" in table and "None" not in table
+    here = (importlib.metadata.version("heliostat"), assignment.base_model_sha256, assignment.fingerprint)
+    for value in (*here, assignment.dataset_sha256, "e" * 64):
+        assert f" | {value} |" in table
+    assert set(LINEAGE) <= set(told), "a line that no job has"
     everything = json.loads(text.split("```json\n")[1].split("\n```")[0])
     assert everything["hyperparams"] == {"lr": 2e-4} and everything["other"] == 7
     compile(text.split("```python\n")[1].split("\n```")[0], "card", "exec")
