@@ -27,7 +27,7 @@ from runtime_envs.materialize import (
     HostEnvironments,
     Prepared,
     build_failed,
-    caches_lock,
+    caches_kept,
     damaged_problem,
     lock_file,
 )
@@ -113,7 +113,7 @@ class Environments:
         if not is_conda(lock) or MANIFEST in damaged:
             return self._again(fingerprint, lock, damaged)
         try:
-            with held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True):
+            with caches_kept(self._root):
                 with held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                     done = repair_files(Site(self._root, home, lock_fd), damaged)
         except (OSError, subprocess.CalledProcessError) as error:

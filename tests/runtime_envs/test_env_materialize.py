@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -44,9 +46,14 @@ def test_the_default_environment(environments: HostEnvironments) -> None:
 def test_made_once(environments: HostEnvironments, index: PipIndex) -> None:
     lock = lock_of(index, "greeter")
     first = environments.materialize(lock)
-    written = (environments.path(first.fingerprint) / "READY").stat().st_mtime_ns
-    assert environments.materialize(json.loads(json.dumps(lock))) == first
-    assert (environments.path(first.fingerprint) / "READY").stat().st_mtime_ns == written
+    home = environments.path(first.fingerprint)
+    made = (home / "manifest.json.gz").stat().st_mtime_ns
+    os.utime(home / "READY", (0, 0))
+    asked = time.time()
+    again = environments.materialize(json.loads(json.dumps(lock)))
+    assert again == first and (home / "manifest.json.gz").stat().st_mtime_ns == made
+    assert list(first.stages) == ["prefix", "pip", "byte_code", "manifest"] and list(again.stages) == ["verify"]
+    assert (home / "READY").stat().st_mtime > asked - 1  # the last use
 
 
 def test_four_at_once_make_one(environments: HostEnvironments, index: PipIndex) -> None:
