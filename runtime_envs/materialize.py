@@ -251,10 +251,12 @@ def build_failed(reason: str) -> EnvironmentProblem:
     )  # fmt: skip
 
 
-def damaged_problem(home: Path, names: list[str]) -> EnvironmentProblem:
+PUT_BACK = "`heliostat env repair NAME` puts them back; what a job uses, when that has ended."
+
+
+def damaged_problem(home: Path, names: list[str], hint: str = PUT_BACK) -> EnvironmentProblem:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return EnvironmentProblem(
         DAMAGED, f"Files of environment {home.name} changed since it was built: {', '.join(names[:3])}{more}.",
-        hint="`heliostat env repair NAME` puts them back; what a job uses, when that has ended.",
-        fixable_by="operator",
+        hint=hint, fixable_by="operator",
     )  # fmt: skip

@@ -90,7 +90,7 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
     """The environment that has most of the lock's packages, with the same interpreter. Nobody removes or repairs it meanwhile."""
     wanted = _pairs(lock)
     (python,) = (pair for package, pair in zip(lock.conda, wanted, strict=True) if package.name == PYTHON)
-    there = {home: _packages_of(home) for home in (root / "envs").glob("*")}
+    there = {home: packages_of(home) for home in (root / "envs").glob("*")}
     alike = {home: len(packages.intersection(wanted)) for home, packages in there.items() if python in packages}
     with ExitStack() as stack:
         likest_first = sorted(alike, key=lambda home: alike[home], reverse=True)
@@ -101,7 +101,8 @@ def _pairs(lock: CondaLock) -> list[tuple[str, str]]:
     return [(package.filename, package.sha256) for package in lock.conda]
 
 
-def _packages_of(home: Path) -> set[tuple[str, str]]:
+def packages_of(home: Path) -> set[tuple[str, str]]:
+    """File name and SHA-256 of each conda package, by its lock: `conda-meta` is shared, and may be damaged."""
     try:
         lock = orjson.loads((home / LOCK).read_bytes())
         return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}

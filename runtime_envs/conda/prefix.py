@@ -38,7 +38,7 @@ class Linked:
     @property
     def key(self) -> str:
         """For caches: unlike the folder's name it tells two builds of one name apart."""
-        return f"{self.cached.name}-{self.sha256[:12]}"
+        return package_key(self.cached.name, self.sha256)
 
     @cached_property
     def files(self) -> dict[str, LinkedFile]:
@@ -60,9 +60,18 @@ class Linked:
         return [path["original_path"] for path in self.paths if path.get("original_path")]
 
 
+def package_folder(filename: str) -> str:
+    """The name of its folder in the package cache."""
+    return filename.removesuffix(".conda").removesuffix(".tar.bz2")
+
+
+def package_key(folder: str, sha256: str) -> str:
+    return f"{folder}-{sha256[:12]}"
+
+
 def meta_name(filename: str) -> str:
     """Where the prefix says what the package `filename` is made of."""
-    return f"{META}/{filename.removesuffix('.conda').removesuffix('.tar.bz2')}.json"
+    return f"{META}/{package_folder(filename)}.json"
 
 
 def read_prefix(prefix: Path, known: Collection[Linked] = ()) -> list[Linked]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,11 @@ def _replace_everywhere(site: Site, what: tuple[str, Linked], good: Path) -> set
 
 
 def _sharing(root: Path, package: Linked) -> Iterable[Path]:
+    """Not those whose `conda-meta` cannot be read: they are made again."""
     for home in (root / "envs").glob("*"):
-        if is_ready(home) and any(one.key == package.key for one in read_prefix(home / PREFIX)):
-            yield home
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            if is_ready(home) and any(one.key == package.key for one in read_prefix(home / PREFIX)):
+                yield home
 
 
 def _same(path: Path, other: Path) -> bool:
