@@ -79,13 +79,13 @@ class NodeAgent:
         return NodeReport(node, ours, leaves_at, here.checks.last(has), usable_cpus(), here.bf16)
 
     def prepare_environment(self, lock: dict[str, Any]) -> dict[str, Any]:
-        """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`."""
+        """{fingerprint, prefix, python, stages: seconds of each}; may take minutes. Raises `EnvironmentError_`, `Unavailable`."""
         made = self._open().checks.prepare(lock)
         places = {"prefix": str(made.prefix), "python": str(made.python)}
         return {"fingerprint": made.fingerprint, **places, "stages": dict(made.stages)}
 
     def check_environment(self, fingerprint: str, repair: bool) -> CheckedEnvironment | None:
-        """None: it is not on this node. Reads all of it (seconds). Raises `EnvironmentError_`."""
+        """None: it is not on this node. Reads all of it (seconds). Raises `Unavailable`."""
         return self._open().checks.check(fingerprint, repair=repair)
 
     def stage_model(self, prefix: str, sha256: str, files: dict[str, str] | None = None) -> str:

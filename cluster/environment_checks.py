@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from cluster.errors import EnvironmentError_
+from cluster.errors import HeliostatError
 from cluster.ports import CheckedEnvironment, EnvironmentCheck, EnvironmentStore, PreparedEnvironment
 
 SPREAD_S = 1800
@@ -35,24 +35,26 @@ class EnvironmentChecks:
         return tuple(check for check in list(self._last.values()) if check.fingerprint in here)
 
     def prepare(self, lock: dict[str, Any]) -> PreparedEnvironment:
-        """Makes it, or finds it and compares sizes and times of its files."""
+        """Makes it, or finds it and compares sizes and times of its files; what changed is put back first. Raises as the store
+        does."""
         try:
             made = self._store.materialize(lock)
-        except EnvironmentError_ as error:
-            if error.code == DAMAGED:
-                self._keep(
-                    EnvironmentCheck(self._store.fingerprint(lock), "quick", "damaged", error.message, time.time())
-                )
-            raise
+        except HeliostatError as error:
+            if error.code != DAMAGED:
+                raise
+            fingerprint = self._store.fingerprint(lock)
+            self._keep(EnvironmentCheck(fingerprint, "quick", "damaged", error.message, time.time()))
+            self.check(fingerprint, repair=True)
+            made = self._store.materialize(lock)
         if "verify" in made.stages:
             self._keep(EnvironmentCheck(made.fingerprint, "quick", "ok", "", time.time()))
         return made
 
     def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
-        """Reads all of it; None: it is not here."""
+        """Reads all of it; None: it is not here. Raises `Unavailable`."""
         try:
             found = self._store.check(fingerprint, repair=repair)
-        except EnvironmentError_ as error:
+        except HeliostatError as error:
             self._keep(EnvironmentCheck(fingerprint, "full", "failed", error.message, time.time()))
             raise
         if found is not None:
@@ -63,12 +65,14 @@ class EnvironmentChecks:
         return found
 
     def check_all(self) -> None:
-        """And puts back what changed."""
+        """And puts back what changed, in each, whatever becomes of another."""
         for fingerprint in sorted(self._store.ready()):
             try:
                 self.check(fingerprint, repair=True)
-            except EnvironmentError_ as error:
+            except HeliostatError as error:
                 log.warning("environment %s could not be checked: %s", fingerprint, error)
+            except Exception:
+                log.exception("environment %s could not be checked", fingerprint)
 
     def start_daily(self, at: str, node: str) -> None:
         threading.Thread(target=self._daily, args=(at, node), name="daily-check", daemon=True).start()
@@ -76,7 +80,10 @@ class EnvironmentChecks:
     def _daily(self, at: str, node: str) -> None:
         while True:
             time.sleep(wait_s(at, node, datetime.now()))
-            self.check_all()
+            try:
+                self.check_all()
+            except Exception:  # tomorrow is another day: without this thread nothing is ever checked again
+                log.exception("the environments of this node could not be checked")
 
     def _keep(self, check: EnvironmentCheck) -> None:
         self._last[check.fingerprint, check.kind] = check

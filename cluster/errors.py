@@ -3,7 +3,7 @@
 HeliostatError
 ├── InvalidRequest        what was asked for is wrong                      422
 │   ├── ResourceError     it fits nowhere                                  422
-│   └── EnvironmentError_ an environment that cannot be made               422
+│   └── EnvironmentError_ an environment whose file must change            422
 ├── NotFound              no such object, or another tenant's              404
 ├── Conflict              the object is in a state that forbids it         409
 ├── TooLarge              a body or file over its limit                    413

@@ -215,7 +215,8 @@ class EnvironmentStore(Protocol):
     """Environments on one node (`runtime_envs.materialize`)."""
 
     def materialize(self, lock: dict[str, Any]) -> PreparedEnvironment:
-        """Makes the prefix of this lock, or finds it; safe under concurrency and SIGKILL. Raises EnvironmentError_."""
+        """Makes the prefix of this lock, or finds it; safe under concurrency and SIGKILL. Raises EnvironmentError_,
+        Unavailable (the node or a channel is to blame)."""
         ...
 
     def fingerprint(self, lock: dict[str, Any]) -> str:
@@ -228,7 +229,7 @@ class EnvironmentStore(Protocol):
 
     def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
         """Reads every file of one that is ready here (None: it is not), and puts back what changed if told to. Raises
-        EnvironmentError_."""
+        Unavailable."""
         ...
 
 

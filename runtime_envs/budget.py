@@ -6,16 +6,20 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from runtime_envs.conda.clone import packages_of
 from runtime_envs.conda.fetch import DOWNLOADS
-from runtime_envs.conda.prefix import Pair, cache_key, packages_of, stem
+from runtime_envs.conda.prefix import cache_key, stem
 from runtime_envs.fingerprint import FINGERPRINT
 from runtime_envs.flock import held
 from runtime_envs.materialize import caches_lock, lock_file
 from runtime_envs.usage import disk_bytes, in_use
+from runtime_envs.uv import drop_unused
 from runtime_envs.verify import READY, is_ready
 
 GRACE_S = 600.0
@@ -31,17 +35,24 @@ class Budget:
 
 
 def keep(root: Path, budget: Budget, spare: Collection[str] = ()) -> list[str]:
-    """Removes until the budget is met or nothing more may go; the fingerprints that went. `spare` stays in any case."""
+    """Removes until the budget is met or nothing more may go; the fingerprints that went. `spare` stays in any case. While
+    somebody builds, nothing goes: what an environment shares with the caches is freed with them only."""
     removed: list[str] = []
-    used = disk_bytes(root) if root.is_dir() else 0
-    for home in _oldest_first(root):
-        if used <= budget.bytes_:
+    if not root.is_dir() or disk_bytes(root) <= budget.bytes_:
+        return removed
+    homes = iter(_oldest_first(root))
+    while prune(root) and disk_bytes(root) > budget.bytes_:
+        gone = next((home.name for home in homes if _take(root, home, budget, spare)), None)
+        if gone is None:
             break
-        if _may_go(root, home, budget, spare) and remove(root, home.name):
-            removed.append(home.name)
-            prune(root)
-            used = disk_bytes(root)
+        removed.append(gone)
     return removed
+
+
+def _take(root: Path, home: Path, budget: Budget, spare: Collection[str]) -> bool:
+    """Asked twice: without the lock, which others would have to wait for, and when nobody can begin to use it."""
+    may_go = partial(_may_go, root, home, budget, spare)
+    return may_go() and remove(root, home.name, may_go)
 
 
 def _oldest_first(root: Path) -> list[Path]:
@@ -61,11 +72,14 @@ def _may_go(root: Path, home: Path, budget: Budget, spare: Collection[str]) -> b
     return not recent and home.name not in spare and home.name not in in_use(root)
 
 
-def remove(root: Path, fingerprint: str) -> bool:
-    """False when somebody builds or repairs it. READY goes first: what is half removed is not there."""
+def remove(root: Path, fingerprint: str, may_go: Callable[[], bool] = lambda: True) -> bool:
+    """False when somebody builds or repairs it, or `may_go` says so under its lock. READY goes first: what is half removed is not
+    there."""
+    home = root / "envs" / fingerprint
     try:
         with held(lock_file(root, fingerprint), timeout_s=0):
-            home = root / "envs" / fingerprint
+            if not home.exists() or not may_go():
+                return False
             (home / READY).unlink(missing_ok=True)
             shutil.rmtree(home)
     except TimeoutError:
@@ -73,24 +87,34 @@ def remove(root: Path, fingerprint: str) -> bool:
     return True
 
 
-def prune(root: Path) -> None:
-    """Removes packages and byte code that no environment uses, and what has arrived in part. Does nothing while an environment is
-    being built."""
+def prune(root: Path) -> bool:
+    """Removes packages, wheels and byte code that no environment uses, and what was left unfinished. False, and nothing done, while
+    somebody builds."""
     try:
         with held(caches_lock(root), timeout_s=0):
+            _sweep(root)
             shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
-            used = _used_packages(root)
+            homes = [home for home in (root / "envs").glob("*") if is_ready(home)]  # others are made anew in any case
+            used = {package for home in homes for package in packages_of(home)}
             _remove_others(root / "pkgs", {stem(filename) for filename, _ in used})
             keys = {cache_key(package) for package in used}
             for minor in (root / "bytecode").glob("*"):
                 _remove_others(minor, keys)
+            drop_unused(root / "uv-cache")
     except TimeoutError:
-        return
+        return False
+    return True
 
 
-def _used_packages(root: Path) -> set[Pair]:
-    homes = [home for home in (root / "envs").glob("*") if is_ready(home)]  # others are made anew in any case
-    return {package for home in homes for package in packages_of(home)}
+def sweep(root: Path) -> None:
+    """Removes what those left who were killed. Does nothing while somebody builds."""
+    with suppress(TimeoutError), held(caches_lock(root), timeout_s=0):
+        _sweep(root)
+
+
+def _sweep(root: Path) -> None:
+    for folder in (*root.glob("repair-*"), *root.glob("bytecode/*/.new-*"), *root.glob("uv-cache/.tmp*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_others(folder: Path, kept: Collection[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runtime_envs.adopt import META
-from runtime_envs.budget import Budget, keep, remove
+from runtime_envs.budget import Budget, free_bytes, keep, remove
 from runtime_envs.bundles.on_node import Fetch, no_storage
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.lock import is_conda
@@ -28,15 +31,17 @@ from runtime_envs.materialize import (
     HostEnvironments,
     Prepared,
     build_failed,
-    caches_lock,
+    caches_kept,
     damaged_problem,
     lock_file,
 )
 from runtime_envs.spec import parse_spec
 from runtime_envs.usage import in_use
 from runtime_envs.uv import run_uv
-from runtime_envs.verify import MANIFEST, full_verify, is_ready, quick_verify
+from runtime_envs.verify import MANIFEST, PREFIX, full_verify, is_ready, quick_verify, set_times
 from runtime_envs.window import check_window
+
+log = logging.getLogger(__name__)
 
 
 def solve_environment(text: str, places: CondaPlaces) -> Solved:
@@ -59,6 +64,7 @@ class Environments:
         self._root = root.absolute()
         self._index = index
         self._budget = budget
+        self._repairing = threading.Lock()
         self._host = HostEnvironments(root, index, fetch=fetch)
         self._conda = CondaEnvironments(root, index, fetch)
 
@@ -74,11 +80,18 @@ class Environments:
         try:
             made = self._make(lock)
         except EnvironmentProblem as problem:
-            if problem.code != DISK_FULL or not keep(self._root, Budget(0)):
+            if problem.code != DISK_FULL:
+                raise
+            before = free_bytes(self._root)
+            keep(self._root, Budget(0))
+            if free_bytes(self._root) <= before:
                 raise
             made = self._make(lock)
         if self._budget and "manifest" in made.stages:
-            keep(self._root, self._budget, spare={made.fingerprint})
+            try:
+                keep(self._root, self._budget, spare={made.fingerprint})
+            except (OSError, subprocess.SubprocessError):  # what was asked for is there
+                log.exception("the environments of this node may take more of the disk than they shall")
         return made
 
     def _make(self, lock: dict[str, Any], *, like_others: bool = True) -> Prepared:
@@ -102,44 +115,89 @@ class Environments:
 
     def repair(self, fingerprint: str) -> Repaired:
         """Checks all contents and puts back what changed; where that cannot be done file by file the environment is made
-        again, unless a job uses it. Raises EnvironmentProblem: as `verify`, `environment_damaged`, and what `materialize`
-        raises."""
-        damaged = self.verify(fingerprint, full=True)
-        if not damaged:
-            return Repaired((), (), ())
+        again, unless a job uses it. So are others that share a file that changed. Raises EnvironmentProblem: as `verify`,
+        `environment_damaged`, and what `materialize` raises."""
+        with self._repairing:  # one writes into environments that another looks at
+            try:
+                return self._repair(fingerprint)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise build_failed(f"it cannot be repaired: {error}") from error
+
+    def _repair(self, fingerprint: str) -> Repaired:
         home = self.path(fingerprint)
+        damaged = self.verify(fingerprint, full=True)
+        touched = set_times(home, spare=damaged)
+        if not damaged:
+            return Repaired(tuple(touched), (fingerprint,) if touched else (), ())
         try:
             lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
-        except (OSError, ValueError) as error:  # nothing here knows any more what it is made of
-            raise damaged_problem(home, [LOCK, *damaged]) from error
-        told_wrong = any(name == MANIFEST or name.startswith(f"{META}/") for name in damaged)
-        if not is_conda(lock) or told_wrong:  # of what would be put back
-            return self._again(fingerprint, lock, damaged)
-        try:
-            with held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True):
-                with held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
-                    done = repair_files(Site(self._root, home, lock_fd), damaged)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise build_failed(f"it cannot be repaired: {error}") from error
-        return self._again(fingerprint, lock, damaged) if done.left else done
+        except (OSError, ValueError) as error:  # nothing here knows any more what it is made of; a job brings its lock
+            self._remove(fingerprint, damaged)
+            raise damaged_problem(
+                home, [LOCK, *damaged], "It was removed; it is made again when a job needs it."
+            ) from error
+        was = _inodes(home, damaged)
+        told_wrong = any(
+            name == MANIFEST or name.startswith(f"{META}/") for name in damaged
+        )  # of what would be put back
+        done = self._file_by_file(home, damaged) if is_conda(lock) and not told_wrong else None
+        if done is None or done.left:
+            self._again(fingerprint, lock, damaged)
+            if is_conda(lock) and (cached := self.verify(fingerprint, full=True)):
+                self._file_by_file(home, cached)  # what it was made from is damaged too
+        now = _inodes(home, damaged)
+        bad = {name: inode for name, inode in was.items() if now.get(name) != inode}
+        hit = {*(done.environments if done else ()), fingerprint, *self._others_again(bad)}
+        return Repaired(tuple(sorted([*damaged, *touched])), tuple(sorted(hit)), ())
 
-    def _again(self, fingerprint: str, lock: dict[str, Any], damaged: Sequence[str]) -> Repaired:
-        if fingerprint in in_use(self._root) or not self._forget(fingerprint, lock):
-            raise EnvironmentProblem(
-                DAMAGED, f"Environment {fingerprint} is damaged ({', '.join(damaged[:3])}) and is being used.",
-                hint="Repair it when the jobs that use it have ended.", fixable_by="operator",
-            )  # fmt: skip
-        self._make(lock, like_others=False)  # they may share what is damaged
-        return Repaired(tuple(damaged), (fingerprint,), ())
+    def _file_by_file(self, home: Path, damaged: Sequence[str]) -> Repaired | None:
+        """None: what says which package a file is of is damaged itself."""
+        with caches_kept(self._root), held(lock_file(self._root, home.name), LOCK_TIMEOUT_S) as lock_fd:
+            try:
+                return repair_files(Site(self._root, home, lock_fd), damaged)
+            except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+                log.warning("%s is made again: its conda-meta cannot be read: %r", home.name, error)
+                return None
 
-    def _forget(self, fingerprint: str, lock: dict[str, Any]) -> bool:
-        """With the cached wheels: the damaged file may be theirs too."""
-        if lock["pip"]:
+    def _others_again(self, bad: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The environments that still hold one of these files under the same name, as wheels and `conda-meta` are shared."""
+        made = []
+        for home in (self.path(fingerprint) for fingerprint in self.ready()):
+            if held_still := [name for name, inode in _inodes(home, bad).items() if bad[name] == inode]:
+                try:
+                    self._again(home.name, json.loads((home / LOCK).read_bytes()), held_still, keep_wheels=True)
+                    made.append(home.name)
+                except (EnvironmentProblem, OSError, ValueError) as error:  # its own next check finds it again
+                    log.warning("%s shares damaged files (%s) and is left: %s", home.name, held_still[0], error)
+        return made
+
+    def _again(
+        self, fingerprint: str, lock: dict[str, Any], damaged: Sequence[str], *, keep_wheels: bool = False
+    ) -> None:
+        """Without `keep_wheels` from wheels that are fetched again: the damaged file may be theirs too."""
+        if lock["pip"] and not keep_wheels and fingerprint not in in_use(self._root):
             names = [package["name"] for package in lock["pip"]]
             cache = ["--cache-dir", str(self._root / "uv-cache")]
             with tempfile.TemporaryDirectory() as scratch:
                 run_uv(["cache", "clean", *names, *cache], self._index or machine_index(), scratch=Path(scratch))
-        return remove(self._root, fingerprint)
+        self._remove(fingerprint, damaged)
+        self._make(lock, like_others=False)  # they may share what is damaged
+
+    def _remove(self, fingerprint: str, damaged: Sequence[str]) -> None:
+        if not remove(self._root, fingerprint, lambda: fingerprint not in in_use(self._root)):
+            raise EnvironmentProblem(
+                DAMAGED, f"Environment {fingerprint} is damaged ({', '.join(damaged[:3])}) and is being used.",
+                hint="Repair it when the jobs that use it have ended.", fixable_by="operator",
+            )  # fmt: skip
+
+
+def _inodes(home: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name in names:
+        with suppress(OSError):
+            status = (home / PREFIX / name).lstat()
+            found[name] = (status.st_dev, status.st_ino)
+    return found
 
 
 def _signal_name(number: int) -> str:

@@ -13,7 +13,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ class Prepared:
     stages: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - started
+
+
 class HostEnvironments:
     """The environments of base `host` under `root`. Without `index` and `base`: this machine's pip settings and this
     platform."""
@@ -70,39 +86,61 @@ class HostEnvironments:
     def materialize(self, lock: dict[str, Any]) -> Prepared:
         """Makes the prefix of this lock, or finds it; blocks for the install (seconds to minutes). Raises
         EnvironmentProblem: `environment_base_changed`, `environment_build_failed`, `environment_damaged`."""
-        parsed, fingerprint = read_lock(lock), identity(lock)
+        parsed, fingerprint, watch = read_lock(lock), identity(lock), Stopwatch()
         base = self._base or load_host_base()
         check_base(parsed, base)
         home = self.path(fingerprint)
         try:
-            with held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
+            with caches_kept(self._root), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
-                    self._build(parsed, base, home, lock_fd)
+                    self._build(_Site(parsed, base, home, lock_fd, watch))
+                os.utime(
+                    home / READY
+                )  # when it was last used; while the lock is held, else it may go before it is used
         except TimeoutError:
             raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except OSError as error:
             raise build_failed(f"{error.strerror or error} ({error.filename or home})") from error
-        if damaged := quick_verify(home):
-            raise damaged_problem(home, damaged)
-        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX))
+        if "manifest" not in watch.stages:  # it was there
+            with watch.stage("verify"):
+                damaged = quick_verify(home)
+            if damaged:
+                raise damaged_problem(home, damaged)
+        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
 
-    def _build(self, lock: Lock, base: HostBase, home: Path, lock_fd: int) -> None:
+    def _build(self, site: _Site) -> None:
+        lock, home, watch = site.lock, site.home, site.watch
         if home.exists():  # somebody was killed while building it
             shutil.rmtree(home)
         prefix = home / PREFIX
         prefix.mkdir(parents=True)
         home.parent.chmod(0o755)
-        make_prefix(prefix, base)
+        with watch.stage("prefix"):
+            make_prefix(prefix, site.base)
         if lock.pip:
-            fetch_bundled(lock, home, self._fetch)
-            index = index_on(home, lock, self._index or machine_index())
-            staged = install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", lock_fd))
-            _compile(staged, lock_fd)
+            with watch.stage("pip"):
+                fetch_bundled(lock, home, self._fetch)
+                index = index_on(home, lock, self._index or machine_index())
+                staged = install_wheels(lock.pip, prefix, WheelPlaces(index, self._root / "uv-cache", site.lock_fd))
+            with watch.stage("byte_code"):
+                _compile(staged, site.lock_fd)
             adopt(staged, prefix)
-        make_readable(home)
-        write_durably(home / LOCK, lock.model_dump_json())
-        write_durably(home / MANIFEST, packed(json.dumps(build_manifest(prefix)).encode()))
+        with watch.stage("manifest"):
+            make_readable(home)
+            write_durably(home / LOCK, lock.model_dump_json())
+            write_durably(home / MANIFEST, packed(json.dumps(build_manifest(prefix)).encode()))
         write_durably(home / READY, "")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Of one build."""
+
+    lock: Lock
+    base: HostBase
+    home: Path
+    lock_fd: int
+    watch: Stopwatch
 
 
 @dataclass(frozen=True)
@@ -147,6 +185,11 @@ def lock_file(root: Path, fingerprint: str) -> Path:
 def caches_lock(root: Path) -> Path:
     """Held by many who build, or by one who removes from the caches."""
     return root / "locks" / "caches.lock"
+
+
+def caches_kept(root: Path) -> contextlib.AbstractContextManager[int]:
+    """While somebody builds or repairs, nothing is removed from the caches."""
+    return held(caches_lock(root), LOCK_TIMEOUT_S, shared=True)
 
 
 def _compile(staged: Path, lock_fd: int) -> None:
@@ -201,10 +244,12 @@ def build_failed(reason: str) -> EnvironmentProblem:
     )  # fmt: skip
 
 
-def damaged_problem(home: Path, names: list[str]) -> EnvironmentProblem:
+PUT_BACK = "`heliostat env repair NAME` puts them back; what a job uses, when that has ended."
+
+
+def damaged_problem(home: Path, names: list[str], hint: str = PUT_BACK) -> EnvironmentProblem:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return EnvironmentProblem(
         DAMAGED, f"Files of environment {home.name} changed since it was built: {', '.join(names[:3])}{more}.",
-        hint=f"When no job uses it, remove {home} and the cache `uv-cache` beside `envs`: it is then built again.",
-        fixable_by="operator",
+        hint=hint, fixable_by="operator",
     )  # fmt: skip

@@ -5,21 +5,39 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from runtime_envs.fingerprint import FINGERPRINT
+from runtime_envs.flock import held
 
 PROC = Path("/proc")
 DU_TIMEOUT_S = 600.0
+USE_TIMEOUT_S = 60.0
+"""Who looks whether it is in use holds the file for a moment."""
 GONE = ": No such file or directory"
 
 
 def in_use(root: Path) -> frozenset[str]:
-    """Fingerprints of the environments whose interpreter runs: by executable (a conda prefix has its own) or by command line
-    (a prefix of base `host` has a link to the platform's)."""
+    """Fingerprints of the environments that somebody is `using`, or whose interpreter runs: by executable (a conda prefix has its
+    own) or by command line (a prefix of base `host` has a link to the platform's)."""
     folder = f"{root.absolute()}/envs/"
     names = (place.removeprefix(folder).partition("/")[0] for place in _commands() if place.startswith(folder))
-    return frozenset(name for name in names if FINGERPRINT.fullmatch(name))
+    return frozenset(name for name in (*names, *_told(root)) if FINGERPRINT.fullmatch(name))
+
+
+def using(root: Path, fingerprint: str) -> AbstractContextManager[int]:
+    """It counts as in use meanwhile, whatever runs in it. Not its builder's lock: others may use it too."""
+    return held(root / "locks" / f"{fingerprint}.use", USE_TIMEOUT_S, shared=True)
+
+
+def _told(root: Path) -> Iterator[str]:
+    for file in (root / "locks").glob("*.use"):
+        try:
+            with held(file, 0):
+                continue
+        except TimeoutError:
+            yield file.stem
 
 
 def _commands() -> Iterator[str]:

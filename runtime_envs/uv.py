@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +68,24 @@ def clean_environment(environ: Mapping[str, str], index: PipIndex) -> dict[str, 
     inherited = {name: value for name, value in environ.items() if name in INHERITED}
     certificate = {"SSL_CERT_FILE": index.cert} if index.cert else {}
     return {**inherited, **SETTINGS, **certificate}
+
+
+def drop_unused(cache: Path) -> None:
+    """Unpacked wheels of which no environment holds a file: `archive-v0/<id>/`, and first what leads there from
+    `wheels-v8/…/<version>-<tags>` (a link, with files of that name beside it). Not while uv runs."""
+    unused = {archive for archive in cache.glob("archive-v*/*") if not _has_linked_file(archive)}
+    for pointer in cache.glob("wheels-v*/**/*") if unused else ():
+        if pointer.is_symlink() and pointer.resolve() in unused:
+            for one in pointer.parent.glob(f"{glob.escape(pointer.name)}*"):
+                one.unlink()
+    for archive in unused:
+        shutil.rmtree(archive)
+
+
+def _has_linked_file(folder: Path) -> bool:
+    """A file with a second name."""
+    files = (os.lstat(f"{parent}/{name}") for parent, _, names in os.walk(folder) for name in names)
+    return any(status.st_nlink > 1 for status in files)
 
 
 def _plain(stderr: str, scratch: Path) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,9 @@ from app.services.environments import environment_view, insert_environment
 from app.services.parts import Parts
 from runtime_envs.bundles.contents import Imported, export_bundle, import_bundle
 from runtime_envs.bundles.fetch import Places
+
+LEFT_S = 86400.0
+"""So old a folder is of a process that was killed."""
 
 
 class BundleService:
@@ -78,4 +82,8 @@ class BundleService:
     def _scratch(self) -> Path:
         folder = self._parts.settings.data_dir / "cache" / "bundles"
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():
+            with suppress(FileNotFoundError):  # its owner was done, or another process is at it too
+                if time.time() - left.stat().st_mtime > LEFT_S:
+                    shutil.rmtree(left)
         return folder

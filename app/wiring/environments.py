@@ -6,7 +6,7 @@ from typing import Any
 
 from app.environment_places import conda_places, disk_budget, from_storage, pip_index
 from app.settings import Settings
-from cluster.errors import EnvironmentError_
+from cluster.errors import EnvironmentError_, Unavailable
 from cluster.ports import CheckedEnvironment, PreparedEnvironment
 from cluster.storage.objects import ObjectStore
 from runtime_envs.environments import Environments
@@ -17,7 +17,7 @@ from runtime_envs.lock import Solved
 
 
 def solve_environment(settings: Settings, text: str) -> Solved:
-    """environment.yml → lock. Raises `EnvironmentError_`."""
+    """environment.yml → lock. Raises `EnvironmentError_`, `Unavailable`."""
     try:
         return solve(text, conda_places(settings))
     except EnvironmentProblem as problem:
@@ -61,8 +61,10 @@ class NodeEnvironments:
         return CheckedEnvironment(done.files, bool(done.files), done.environments)
 
 
-def of_the_house(problem: EnvironmentProblem) -> EnvironmentError_:
-    return EnvironmentError_(
+def of_the_house(problem: EnvironmentProblem) -> EnvironmentError_ | Unavailable:
+    """`Unavailable` where the file is not to blame: its job is tried again."""
+    kind = EnvironmentError_ if problem.fixable_by == "user" else Unavailable
+    return kind(
         problem.message,
         code=problem.code,
         param="environment",

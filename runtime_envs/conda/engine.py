@@ -49,7 +49,10 @@ def ask(
 
 def ask_again(question: dict[str, Any]) -> dict[str, Any]:
     """As `ask`, of a process that stays for the next question: it knows the channels by then. For what holds no lock."""
-    engine = _idle.pop() if _idle else Engine()
+    try:
+        engine = _idle.pop()
+    except IndexError:  # no question whether there is one: threads ask at the same time
+        engine = Engine()
     answer = engine.answer(question)
     if answer is None:  # it has ended meanwhile
         engine.close()

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from runtime_envs.materialize import (
     LOCK,
     LOCK_TIMEOUT_S,
     Prepared,
+    Stopwatch,
     WheelPlaces,
     build_failed,
-    caches_lock,
+    caches_kept,
     damaged_problem,
     environment_folder,
     install_wheels,
@@ -49,21 +50,6 @@ PIXI_LOCK = "pixi.lock"
 TELL_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage."""
-
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - started
 
 
 @dataclass(frozen=True)
@@ -104,9 +90,12 @@ class CondaEnvironments:
         parsed, fingerprint = read_conda_lock(lock), identity(lock)
         home, watch = environment_folder(self._root, fingerprint), Stopwatch()
         try:
-            with self._caches_kept(), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
+            with caches_kept(self._root), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
                     self._build(_Site(parsed, home, lock_fd, watch), lock, like_others=like_others)
+                os.utime(
+                    home / READY
+                )  # when it was last used; while the lock is held, else it may go before it is used
         except TimeoutError:
             raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except subprocess.CalledProcessError as error:
@@ -118,12 +107,7 @@ class CondaEnvironments:
                 damaged = quick_verify(home)
             if damaged:
                 raise damaged_problem(home, damaged)
-        os.utime(home / READY)  # when it was last used
         return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
-
-    def _caches_kept(self) -> AbstractContextManager[int]:
-        """While somebody builds, no package is removed from the cache."""
-        return held(caches_lock(self._root), LOCK_TIMEOUT_S, shared=True)
 
     def _build(self, site: _Site, lock: dict[str, Any], *, like_others: bool) -> None:
         """`like_others`: from the environment here that is most like it, where there is one."""

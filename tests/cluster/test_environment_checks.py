@@ -10,7 +10,7 @@ from waiting import until
 
 from cluster import environment_checks
 from cluster.environment_checks import SPREAD_S, EnvironmentChecks, wait_s
-from cluster.errors import EnvironmentError_
+from cluster.errors import HeliostatError, Unavailable
 from cluster.ports import CheckedEnvironment, EnvironmentCheck, PreparedEnvironment
 
 
@@ -18,8 +18,8 @@ from cluster.ports import CheckedEnvironment, EnvironmentCheck, PreparedEnvironm
 class Store(NoEnvironments):
     """Environments by what a check of them finds."""
 
-    found: dict[str, CheckedEnvironment | EnvironmentError_] = field(default_factory=dict)
-    problem: EnvironmentError_ | None = None
+    found: dict[str, CheckedEnvironment | Exception] = field(default_factory=dict)
+    problem: HeliostatError | None = None
 
     def materialize(self, lock: dict[str, object]) -> PreparedEnvironment:
         if self.problem:
@@ -31,7 +31,7 @@ class Store(NoEnvironments):
 
     def check(self, fingerprint: str, *, repair: bool) -> CheckedEnvironment | None:
         found = self.found.get(fingerprint)
-        if isinstance(found, EnvironmentError_):
+        if isinstance(found, Exception):
             raise found
         return found
 
@@ -45,8 +45,9 @@ def test_all_of_them_whatever_one_of_them_has() -> None:
     store = Store(
         {
             "a": CheckedEnvironment(()),
-            "b": EnvironmentError_("it is being used", code="environment_damaged"),
+            "b": Unavailable("it is being used", code="environment_damaged"),
             "c": CheckedEnvironment(tuple(f"f{number}" for number in range(9)), repaired=True),
+            "bug": ValueError("what nobody foresaw"),
             "d": CheckedEnvironment(("lib/x.py",)),
         }
     )
@@ -67,12 +68,12 @@ def test_the_check_before_each_use() -> None:
     checks = EnvironmentChecks(store)
     checks.prepare({"fingerprint": "a"})
     assert said(checks, "a") == {("a", "quick", "ok", "")}
-    store.problem = EnvironmentError_("lib/x.py changed", code="environment_damaged")
-    with pytest.raises(EnvironmentError_):
+    store.problem = Unavailable("lib/x.py changed", code="environment_damaged")
+    with pytest.raises(Unavailable):
         checks.prepare({"fingerprint": "a"})
-    assert said(checks, "a") == {("a", "quick", "damaged", "lib/x.py changed")}
-    store.problem = EnvironmentError_("no channel", code="environment_channel_failed")
-    with pytest.raises(EnvironmentError_):
+    assert said(checks, "a") == {("a", "quick", "damaged", "lib/x.py changed")}  # and nothing here could put it back
+    store.problem = Unavailable("no channel", code="environment_channel_failed")
+    with pytest.raises(Unavailable):
         checks.prepare({"fingerprint": "b"})
     assert said(checks, "b") == set()
 
@@ -93,9 +94,17 @@ def test_once_a_day_and_not_all_at_once(now: str) -> None:
     assert due["n7"] == wait_s("03:00", "n7", moment)
 
 
-def test_it_is_done_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = iter([0.01])
+def test_it_is_done_when_it_is_due_whatever_became_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.01, 0.01])
     monkeypatch.setattr(environment_checks, "wait_s", lambda at, node, now: next(waits, 86400.0))
-    checks = EnvironmentChecks(Store({"a": CheckedEnvironment(())}))
+    days = iter([OSError("the disk is away")])
+
+    class Away(Store):
+        def ready(self) -> frozenset[str]:
+            for problem in days:
+                raise problem
+            return super().ready()
+
+    checks = EnvironmentChecks(Away({"a": CheckedEnvironment(())}))
     checks.start_daily("03:00", "n1")
     until(lambda: said(checks, "a") == {("a", "full", "ok", "")})

@@ -116,6 +116,61 @@ def test_what_pip_brought_is_made_again(node: Environments, places: CondaPlaces)
     assert node.verify(made.fingerprint, full=True) == []
 
 
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def metas(prepared: Prepared, name: str) -> Path:
+    return next((prepared.prefix / "conda-meta").glob(f"{name}-*.json"))
+
+
+@pytest.mark.parametrize("meta", ["greeter", "python"])
+def test_metadata_that_cannot_be_read(meta: str, node: Environments, three: list[Prepared]) -> None:
+    """One inode in what was cloned: with a damaged file beside it that only it can explain, in all of them."""
+    flip(three[2].prefix / SITE / "greeter.py")
+    zeros(metas(three[2], meta))
+    (three[2].prefix / SITE / "big/__pycache__/m1.cpython-311.pyc").unlink()
+    node.repair(three[2].fingerprint)
+    for one in three:  # what shares them; else its own next check
+        if node.verify(one.fingerprint, full=True):
+            node.repair(one.fingerprint)
+    assert [node.verify(one.fingerprint, full=True) for one in three] == [[]] * 3
+    assert (three[0].prefix / SITE / "greeter.py").read_text() == 'VERSION = "1.0"\n'
+
+
+def test_all_that_share_damaged_metadata_are_made_again(node: Environments, three: list[Prepared]) -> None:
+    hit = [one for one in three if metas(one, "numpy").samefile(metas(three[2], "numpy"))]
+    assert len(hit) > 1
+    zeros(metas(three[2], "numpy"))
+    assert set(node.repair(three[2].fingerprint).environments) == {one.fingerprint for one in hit}
+    assert [node.verify(one.fingerprint, full=True) for one in three] == [[]] * 3
+
+
+def test_what_cannot_be_read_is_no_obstacle_to_others(
+    node: Environments, places: CondaPlaces, three: list[Prepared], tmp_path: Path
+) -> None:
+    for one in three:
+        zeros(metas(one, "numpy"))
+    cached = {path.name for path in (tmp_path / "node" / "pkgs").iterdir()}
+    tight = Environments(tmp_path / "node", places.index, Budget(1))
+    assert make(tight, places, "greeter>=2").fingerprint in tight.ready()
+    assert cached <= {path.name for path in (tmp_path / "node" / "pkgs").iterdir()}  # all of them are used
+
+
+def test_what_the_manifest_cannot_tell_any_more(node: Environments, three: list[Prepared]) -> None:
+    """It is made again from a package that is damaged too."""
+    flip(three[0].prefix / SITE / "greeter.py")
+    (three[0].prefix.parent / "manifest.json.gz").write_bytes(b"")
+    node.repair(three[0].fingerprint)
+    assert [node.verify(one.fingerprint, full=True) for one in three] == [[]] * 3
+
+
+def test_a_prefix_that_is_gone(node: Environments, three: list[Prepared]) -> None:
+    shutil.rmtree(three[0].prefix)
+    node.repair(three[0].fingerprint)
+    assert node.verify(three[0].fingerprint, full=True) == []
+
+
 def test_not_under_a_job_that_uses_it(node: Environments, places: CondaPlaces) -> None:
     made = make(node, places, pip=("greeter",))
     truncate(made.prefix / SITE / "greeter.py")

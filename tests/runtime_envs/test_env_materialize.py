@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from builders_wheels import environment_yml, write_wheel
 
+from runtime_envs.environments import Environments
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
 from runtime_envs.index import PipIndex
 from runtime_envs.lock import default_lock, solve
@@ -44,9 +48,14 @@ def test_the_default_environment(environments: HostEnvironments) -> None:
 def test_made_once(environments: HostEnvironments, index: PipIndex) -> None:
     lock = lock_of(index, "greeter")
     first = environments.materialize(lock)
-    written = (environments.path(first.fingerprint) / "READY").stat().st_mtime_ns
-    assert environments.materialize(json.loads(json.dumps(lock))) == first
-    assert (environments.path(first.fingerprint) / "READY").stat().st_mtime_ns == written
+    home = environments.path(first.fingerprint)
+    made = (home / "manifest.json.gz").stat().st_mtime_ns
+    os.utime(home / "READY", (0, 0))
+    asked = time.time()
+    again = environments.materialize(json.loads(json.dumps(lock)))
+    assert again == first and (home / "manifest.json.gz").stat().st_mtime_ns == made
+    assert list(first.stages) == ["prefix", "pip", "byte_code", "manifest"] and list(again.stages) == ["verify"]
+    assert (home / "READY").stat().st_mtime > asked - 1  # the last use
 
 
 def test_four_at_once_make_one(environments: HostEnvironments, index: PipIndex) -> None:
@@ -111,6 +120,40 @@ def test_a_damaged_environment_is_not_handed_out(environments: HostEnvironments,
     with pytest.raises(EnvironmentProblem, match=r"greeter\.py") as caught:
         environments.materialize(lock)
     assert caught.value.code == "environment_damaged"
+
+
+def greeters(node: Environments, index: PipIndex) -> list[Prepared]:
+    """Three that share a wheel's files."""
+    return [node.materialize(lock_of(index, "greeter", *more)) for more in ([], ["big"], ["needs_platform"])]
+
+
+def test_all_that_share_a_damaged_wheel_are_made_again(node: Environments, index: PipIndex) -> None:
+    made = greeters(node, index)
+    modules = [next(one.prefix.rglob("greeter.py")) for one in made]
+    modules[0].write_text("VERSION = 'changed'\n")
+    assert modules[1].read_text() == "VERSION = 'changed'\n"
+    done = node.repair(made[1].fingerprint)
+    assert set(done.environments) == {one.fingerprint for one in made}
+    assert [module.read_text() for module in modules] == ['VERSION = "2.0"\n'] * 3
+    assert modules[0].samefile(modules[1])
+    assert [node.verify(one.fingerprint, full=True) for one in made] == [[]] * 3
+
+
+def test_one_of_them_that_a_job_uses_is_left(node: Environments, index: PipIndex) -> None:
+    made = greeters(node, index)
+    next(made[0].prefix.rglob("greeter.py")).write_text("VERSION = 'changed'\n")
+    with subprocess.Popen([made[2].python, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as job:
+        assert set(node.repair(made[1].fingerprint).environments) == {made[0].fingerprint, made[1].fingerprint}
+        job.communicate()
+    assert node.verify(made[2].fingerprint, full=False) != []
+    assert node.repair(made[2].fingerprint).environments == (made[2].fingerprint,)
+
+
+def test_an_environment_without_its_prefix_is_made_again(node: Environments, index: PipIndex) -> None:
+    made = node.materialize(lock_of(index, "greeter"))
+    shutil.rmtree(made.prefix)
+    node.repair(made.fingerprint)
+    assert node.verify(made.fingerprint, full=True) == [] and run(made, "import greeter") == ""
 
 
 def test_a_disk_that_cannot_be_written(tmp_path: Path, index: PipIndex) -> None:

@@ -94,6 +94,12 @@ def test_each_of_many_files_is_read_whole(tmp_path: Path) -> None:
     assert full_verify(tmp_path) == sorted([*changed, "large"])
 
 
+def test_without_its_prefix(home: Path) -> None:
+    whole = quick_verify(home)
+    shutil.rmtree(home / PREFIX)
+    assert whole == [] and quick_verify(home) == full_verify(home) and "pyvenv.cfg" in full_verify(home)
+
+
 def test_what_is_no_file_any_more(tmp_path: Path) -> None:
     names = ["a folder", "a pipe", "a short one", "gone", "whole"]
     for name in names:
@@ -149,6 +155,16 @@ def test_what_is_damaged_and_has_no_lock_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem) as caught:
         Environments(tmp_path).repair(NAME)
     assert caught.value.code == "environment_damaged" and "lock.json" in caught.value.message
+    assert not home.exists()  # a job brings its lock
+
+
+def test_what_only_has_another_time_gets_its_own_back(tmp_path: Path) -> None:
+    """Its contents are right, so the full check alone finds nothing, and the quick one would refuse it for ever."""
+    file = _made(tmp_path) / PREFIX / "one"
+    was = file.stat().st_mtime_ns
+    os.utime(file, (0, 0))
+    assert Environments(tmp_path).repair(NAME).files == ("one",)
+    assert file.stat().st_mtime_ns == was and Environments(tmp_path).repair(NAME).files == ()
 
 
 def _made(root: Path) -> Path:

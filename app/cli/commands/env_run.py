@@ -16,11 +16,13 @@ from app.cli.errors import HostProblem
 from app.cli.session import Session
 from app.settings import Settings
 from cluster.detect import CPU_SHARE, machine_memory_gb
+from cluster.ports import PreparedEnvironment
 from runtime_envs.errors import EnvironmentProblem
 from runtime_envs.sandbox.cgroup import planned
 from runtime_envs.sandbox.host import ability, needed
 from runtime_envs.sandbox.process import exit_code, prepared
 from runtime_envs.sandbox.spec import GIB, HOME, Isolation, Mode, Sandbox
+from runtime_envs.usage import using
 
 NOBODY = 65533
 """No tenant's user: what runs here belongs to no job."""
@@ -42,16 +44,17 @@ def run(
     settings = settings_of(place)
     environment = session.client().get(f"/environments/{ref}")
     session.out.note(f"preparing {environment['ref']} …")
-    python = _materialized(settings, environment["lock"])
-    code = in_sandbox(settings, python, words)
+    made = _materialized(settings, environment["lock"])
+    with using(settings.node_root, made.fingerprint):
+        code = in_sandbox(settings, made.python, words)
     if code:
         raise typer.Exit(code if code > 0 else 128 - code)
 
 
-def _materialized(settings: Settings, lock: dict[str, Any]) -> Path:
+def _materialized(settings: Settings, lock: dict[str, Any]) -> PreparedEnvironment:
     from app.wiring.environments import NodeEnvironments, node_environments  # other commands do without the solver
 
-    return Path(NodeEnvironments(node_environments(settings)).materialize(lock).python)
+    return NodeEnvironments(node_environments(settings)).materialize(lock)
 
 
 def in_sandbox(settings: Settings, python: Path, words: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import httpx
@@ -40,6 +41,18 @@ def test_out_and_in_again(api: Api) -> None:
         assert send(rival, bundle).json()["id"] == theirs["id"]
         assert bundle_of(rival) == bundle, "the same environment, the same bytes"
         until(lambda: list((api.settings.data_dir / "cache" / "bundles").iterdir()) == [])
+
+
+def test_what_the_killed_left_goes(api: Api) -> None:
+    scratch = api.settings.data_dir / "cache" / "bundles"
+    for name in ("bundle-old", "import-old", "import-new"):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "file").touch()
+        if name.endswith("old"):
+            os.utime(scratch / name, (1_700_000_000,) * 2)
+    with api.client() as client:
+        send(client, b"")
+    assert [path.name for path in scratch.iterdir()] == ["import-new"]  # somebody may be at it
 
 
 def test_what_was_changed_or_is_none(api: Api) -> None:

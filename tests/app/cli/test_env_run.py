@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_said import Run
+from fake_service import FakeService
+from fastapi.responses import JSONResponse
 
 from app.cli.commands import env_run
 from app.cli.commands.env_run import in_sandbox
 from app.cli.errors import HostProblem
 from app.settings import Settings
+from runtime_envs.lock import default_lock
 from runtime_envs.sandbox.cgroup import here
 from runtime_envs.sandbox.host import ability
+from runtime_envs.usage import in_use
 
 pytestmark = pytest.mark.skipif(ability().mode is None, reason=f"no sandbox here: {ability().problem}")
 
@@ -38,6 +43,21 @@ def test_a_command_runs_sealed_where_its_user_stands(tmp_path: Path, monkeypatch
     settings = Settings(isolation="required")
     assert in_sandbox(settings, Path(sys.executable), ["python", "-S", "-c", LOOK]) == 7
     assert not list(tmp_path.glob("planted"))
+
+
+def test_the_environment_is_in_use_whatever_runs_in_it(
+    cli: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here another interpreter than its own: the disk budget may not take it from under a shell."""
+    root, lock = tmp_path / "data" / "node", default_lock()
+    monkeypatch.setenv("HELIOSTAT_ISOLATION", "off")
+    look = (
+        "import pathlib, sys; from runtime_envs.usage import in_use; sys.exit(len(in_use(pathlib.Path(sys.argv[1]))))"
+    )
+    service.answers.append(JSONResponse({"ref": "mine@1", "lock": lock}))
+    said = cli("env", "run", "mine", "--", sys.executable, "-c", look, str(root))
+    assert said.code == 1, said.err
+    assert in_use(root) == frozenset()
 
 
 def test_a_signal_and_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
