@@ -22,9 +22,9 @@ import orjson
 from runtime_envs.conda.bytecode import INDEX
 from runtime_envs.conda.lock import CondaLock
 from runtime_envs.conda.manifest import Manifest
-from runtime_envs.conda.prefix import Linked, meta_name, read_prefix
+from runtime_envs.conda.prefix import Linked, Pair, meta_name, packages_of, read_prefix
 from runtime_envs.flock import held
-from runtime_envs.materialize import LOCK, lock_file
+from runtime_envs.materialize import lock_file
 from runtime_envs.uv import READABLE_UMASK
 from runtime_envs.verify import PREFIX, is_ready, read_manifest
 
@@ -90,7 +90,7 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
     """The environment that has most of the lock's packages, with the same interpreter. Nobody removes or repairs it meanwhile."""
     wanted = _pairs(lock)
     (python,) = (pair for package, pair in zip(lock.conda, wanted, strict=True) if package.name == PYTHON)
-    there = {home: packages_of(home) for home in (root / "envs").glob("*")}
+    there = {home: _packages_of(home) for home in (root / "envs").glob("*")}
     alike = {home: len(packages.intersection(wanted)) for home, packages in there.items() if python in packages}
     with ExitStack() as stack:
         likest_first = sorted(alike, key=lambda home: alike[home], reverse=True)
@@ -101,11 +101,9 @@ def _pairs(lock: CondaLock) -> list[tuple[str, str]]:
     return [(package.filename, package.sha256) for package in lock.conda]
 
 
-def packages_of(home: Path) -> set[tuple[str, str]]:
-    """File name and SHA-256 of each conda package, by its lock: `conda-meta` is shared, and may be damaged."""
+def _packages_of(home: Path) -> set[Pair]:
     try:
-        lock = orjson.loads((home / LOCK).read_bytes())
-        return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
+        return packages_of(home)
     except (OSError, ValueError):
         return set()  # unfinished, or being removed
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import orjson
 
+from runtime_envs.materialize import LOCK
+
 META = "conda-meta"
+
+Pair = tuple[str, str]
+"""Of a package: file name and SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Linked:
 
     @property
     def key(self) -> str:
-        """For caches: unlike the folder's name it tells two builds of one name apart."""
-        return package_key(self.cached.name, self.sha256)
+        return cache_key((self.filename, self.sha256))
 
     @cached_property
     def files(self) -> dict[str, LinkedFile]:
@@ -60,18 +64,25 @@ class Linked:
         return [path["original_path"] for path in self.paths if path.get("original_path")]
 
 
-def package_folder(filename: str) -> str:
-    """The name of its folder in the package cache."""
+def meta_name(filename: str) -> str:
+    """Where the prefix says what the package `filename` is made of."""
+    return f"{META}/{stem(filename)}.json"
+
+
+def stem(filename: str) -> str:
+    """Its folder in the package cache."""
     return filename.removesuffix(".conda").removesuffix(".tar.bz2")
 
 
-def package_key(folder: str, sha256: str) -> str:
-    return f"{folder}-{sha256[:12]}"
+def cache_key(package: Pair) -> str:
+    """For caches: unlike the folder's name it tells two builds of one name apart."""
+    return f"{stem(package[0])}-{package[1][:12]}"
 
 
-def meta_name(filename: str) -> str:
-    """Where the prefix says what the package `filename` is made of."""
-    return f"{META}/{package_folder(filename)}.json"
+def packages_of(home: Path) -> set[Pair]:
+    """The conda packages of an environment that is ready, by its lock. Raises OSError and ValueError where there is none."""
+    lock = orjson.loads((home / LOCK).read_bytes())
+    return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
 
 
 def read_prefix(prefix: Path, known: Collection[Linked] = ()) -> list[Linked]:

@@ -15,7 +15,7 @@ import orjson
 
 from runtime_envs.conda.bytecode import INDEX, TREE, Compiler, byte_code_name, compile_files
 from runtime_envs.conda.engine import ask
-from runtime_envs.conda.prefix import Linked, read_prefix
+from runtime_envs.conda.prefix import Linked, packages_of, read_prefix
 from runtime_envs.materialize import write_durably
 from runtime_envs.verify import MANIFEST, PREFIX, is_ready, packed, read_manifest, sha256_of
 
@@ -127,10 +127,9 @@ def _replace_everywhere(site: Site, what: tuple[str, Linked], good: Path) -> set
 
 
 def _sharing(root: Path, package: Linked) -> Iterable[Path]:
-    """Not those whose `conda-meta` cannot be read: they are made again."""
     for home in (root / "envs").glob("*"):
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            if is_ready(home) and any(one.key == package.key for one in read_prefix(home / PREFIX)):
+        with suppress(OSError, ValueError):  # a damaged lock: its own check finds it
+            if is_ready(home) and (package.filename, package.sha256) in packages_of(home):
                 yield home
 
 
