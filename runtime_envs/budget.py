@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from runtime_envs.conda.clone import packages_of
 from runtime_envs.conda.fetch import DOWNLOADS
-from runtime_envs.conda.prefix import cache_key, stem
+from runtime_envs.conda.prefix import Pair, cache_key, packages_of, stem
 from runtime_envs.fingerprint import FINGERPRINT
 from runtime_envs.flock import held
 from runtime_envs.materialize import caches_lock, lock_file
@@ -94,8 +93,7 @@ def prune(root: Path) -> bool:
         with held(caches_lock(root), timeout_s=0):
             _sweep(root)
             shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
-            homes = [home for home in (root / "envs").glob("*") if is_ready(home)]  # others are made anew in any case
-            used = {package for home in homes for package in packages_of(home)}
+            used = _used_packages(root)
             _remove_others(root / "pkgs", {stem(filename) for filename, _ in used})
             keys = {cache_key(package) for package in used}
             for minor in (root / "bytecode").glob("*"):
@@ -104,6 +102,15 @@ def prune(root: Path) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _used_packages(root: Path) -> set[Pair]:
+    """Of a damaged lock nothing is known: what it names is fetched again when it is needed."""
+    used: set[Pair] = set()
+    for home in (root / "envs").glob("*"):
+        with suppress(OSError, ValueError):
+            used |= packages_of(home) if is_ready(home) else set()  # others are made anew in any case
+    return used
 
 
 def sweep(root: Path) -> None:

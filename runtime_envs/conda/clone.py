@@ -22,7 +22,7 @@ import orjson
 from runtime_envs.conda.bytecode import INDEX
 from runtime_envs.conda.lock import CondaLock, LockedConda
 from runtime_envs.conda.manifest import Manifest
-from runtime_envs.conda.prefix import Linked, Pair, locked_packages, meta_name, read_prefix
+from runtime_envs.conda.prefix import Linked, Pair, meta_name, packages_of, read_prefix
 from runtime_envs.flock import held
 from runtime_envs.materialize import lock_file
 from runtime_envs.uv import READABLE_UMASK
@@ -80,8 +80,7 @@ def read_source(home: Path, byte_code: Path, lock: CondaLock, lock_fd: int) -> S
     """Raises NotAlike, OSError, ValueError, KeyError for what cannot be one."""
     manifest = Manifest(**orjson.loads(read_manifest(home)))
     packages = {
-        package.name: package
-        for package in _in_common(read_prefix(home, locked_packages(home)), set(pairs(lock.conda)))
+        package.name: package for package in _in_common(read_prefix(home, packages_of(home)), set(pairs(lock.conda)))
     }
     if PYTHON not in packages:
         raise NotAlike(PYTHON)
@@ -93,7 +92,7 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
     """The environment that has most of the lock's packages, with the same interpreter. Nobody removes or repairs it meanwhile."""
     wanted = pairs(lock.conda)
     (python,) = (pair for package, pair in zip(lock.conda, wanted, strict=True) if package.name == PYTHON)
-    there = {home: packages_of(home) for home in (root / "envs").glob("*")}
+    there = {home: _packages_of(home) for home in (root / "envs").glob("*")}
     alike = {home: len(packages.intersection(wanted)) for home, packages in there.items() if python in packages}
     with ExitStack() as stack:
         likest_first = sorted(alike, key=lambda home: alike[home], reverse=True)
@@ -104,10 +103,9 @@ def pairs(packages: Iterable[LockedConda]) -> list[Pair]:
     return [(package.filename, package.sha256) for package in packages]
 
 
-def packages_of(home: Path) -> set[Pair]:
-    """The conda packages of an environment, by its lock: `conda-meta` is shared, and may be damaged."""
+def _packages_of(home: Path) -> set[Pair]:
     try:
-        return locked_packages(home)
+        return packages_of(home)
     except (OSError, ValueError):
         return set()  # unfinished, or being removed
 

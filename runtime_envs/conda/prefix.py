@@ -79,7 +79,7 @@ def cache_key(package: Pair) -> str:
     return f"{stem(package[0])}-{package[1][:12]}"
 
 
-def locked_packages(home: Path) -> set[Pair]:
+def packages_of(home: Path) -> set[Pair]:
     """The conda packages of an environment that is ready, by its lock. Raises OSError and ValueError where there is none."""
     lock = orjson.loads((home / LOCK).read_bytes())
     return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}

@@ -15,7 +15,7 @@ import orjson
 
 from runtime_envs.conda.bytecode import INDEX, TREE, Compiler, byte_code_name, compile_files
 from runtime_envs.conda.engine import ask
-from runtime_envs.conda.prefix import Linked, locked_packages, read_prefix
+from runtime_envs.conda.prefix import Linked, packages_of, read_prefix
 from runtime_envs.materialize import write_durably
 from runtime_envs.verify import MANIFEST, PREFIX, is_ready, packed, read_manifest, sha256_of
 
@@ -46,7 +46,7 @@ class Repaired:
 def repair_files(site: Site, damaged: Sequence[str]) -> Repaired:
     """Fetches packages again only when their cached files are damaged too. Raises EnvironmentProblem
     (`environment_channel_failed`)."""
-    packages = read_prefix(site.home, locked_packages(site.home))
+    packages = read_prefix(site.home, packages_of(site.home))
     manifest = _manifest(site.home)
     extra = [name for name in damaged if name not in manifest["files"] and name not in manifest["links"]]
     for name in extra:
@@ -127,10 +127,9 @@ def _replace_everywhere(site: Site, what: tuple[str, Linked], good: Path) -> set
 
 
 def _sharing(root: Path, package: Linked) -> Iterable[Path]:
-    """Not those whose `conda-meta` cannot be read: they are made again."""
     for home in (root / "envs").glob("*"):
-        with suppress(OSError, ValueError):
-            if is_ready(home) and (package.filename, package.sha256) in locked_packages(home):
+        with suppress(OSError, ValueError):  # a damaged lock: its own check finds it
+            if is_ready(home) and (package.filename, package.sha256) in packages_of(home):
                 yield home
 
 
@@ -188,7 +187,7 @@ def _minor(packages: Sequence[Linked]) -> str:
 def _compile_again(site: Site, package: Linked, what: tuple[str, str]) -> set[str]:
     """Byte code differs from run to run, so the manifests and the cache's index learn the new one."""
     name, source = what
-    packages = read_prefix(site.home, locked_packages(site.home))
+    packages = read_prefix(site.home, packages_of(site.home))
     python = next(one for one in packages if one.name == "python")
     minor = _minor(packages)
     compiler = Compiler(python.cached / "bin" / f"python{minor}", site.root / "bytecode" / minor, site.lock_fd)

@@ -138,7 +138,8 @@ def test_a_damaged_description_is_not_inherited_by_its_repair(node: Environments
     os.utime(meta, ns=(status.st_atime_ns, status.st_mtime_ns))
     for one in both:
         assert node.verify(one.fingerprint, full=True) == ["conda-meta/polite-1.0-py_0.json"]
-        node.repair(one.fingerprint)
+    assert set(node.repair(both[0].fingerprint).environments) == {one.fingerprint for one in both}
+    for one in both:
         assert node.verify(one.fingerprint, full=True) == []
 
 
