@@ -26,6 +26,15 @@ def adopt(staged: Path, prefix: Path) -> list[str]:
     (staged / INSTALLERS).unlink(missing_ok=True)
     root = prefix.resolve()
     moved: list[str] = []
+    for here, there in list(_moves(staged, root)):  # all of them, before the first is made
+        here.rename(there)
+        name = there.relative_to(root).as_posix()
+        moved += [f"{name}/{below}" for below in names_in(there)] if there.is_dir() else [name]
+    shutil.rmtree(staged)
+    return moved
+
+
+def _moves(staged: Path, root: Path) -> Iterator[tuple[Path, Path]]:
     folders = [(staged, root)]
     while folders:
         folder, target = folders.pop()
@@ -34,19 +43,11 @@ def adopt(staged: Path, prefix: Path) -> list[str]:
             if here.is_symlink() or there.relative_to(root).parts[0] in RESERVED:
                 raise _refused(staged, here)
             if not os.path.lexists(there):
-                moved += _move(here, there, root)
+                yield here, there
             elif here.is_dir() and there.is_dir() and there.resolve().is_relative_to(root):
                 folders.append((here, there.resolve()))  # lib64 is a link to lib
             elif not _needless(here, there):
                 raise _refused(staged, here)
-    shutil.rmtree(staged)
-    return moved
-
-
-def _move(here: Path, there: Path, root: Path) -> Iterator[str]:
-    here.rename(there)
-    name = there.relative_to(root).as_posix()
-    yield from (f"{name}/{below}" for below in names_in(there)) if there.is_dir() else [name]
 
 
 def _needless(here: Path, there: Path) -> bool:
@@ -57,6 +58,7 @@ def _needless(here: Path, there: Path) -> bool:
 
 
 def _refused(staged: Path, file: Path) -> EnvironmentProblem:
+    file = next((file / below for below in names_in(file)), file)
     name = file.relative_to(staged).as_posix()
     return EnvironmentProblem(
         BUILD_FAILED,

@@ -34,6 +34,8 @@ LOCK_TIMEOUT_S = 1800.0
 COMPILE_TIMEOUT_S = 900.0
 LOCK = "lock.json"
 STAGED = "wheels"
+BAD_WHEEL = ("The wheel is invalid", "must not use the reserved name", "unacceptable filename")
+"""uv's words."""
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 
@@ -167,8 +169,17 @@ def install_wheels(packages: Sequence[LockedPackage], prefix: Path, places: Whee
             places.index, scratch=scratch, keep_fd=places.lock_fd,
         )  # fmt: skip
     if result.returncode != 0:
-        raise build_failed(result.message[:3000])
+        raise _install_failed(result.message[:3000])
     return staged
+
+
+def _install_failed(reason: str) -> EnvironmentProblem:
+    if any(words in reason for words in BAD_WHEEL):
+        return EnvironmentProblem(
+            BUILD_FAILED, f"A pip package brings what no package may: {reason}",
+            hint="Leave out this package or what needs it, or choose another version.",
+        )  # fmt: skip
+    return build_failed(reason)
 
 
 def environment_folder(root: Path, fingerprint: str) -> Path:

@@ -17,6 +17,7 @@ from builders_wheels import write_wheel
 
 from runtime_envs.channels.build import build_channel
 from runtime_envs.channels.interpreter import find_interpreter
+from runtime_envs.channels.package import Entry, Package, write_package
 
 BASE = {
     "torch": "2.5.0+cpu",
@@ -29,6 +30,21 @@ BASE = {
     "numpy": "2.0",
 }
 MODULES = 100
+HOSTILE: tuple[tuple[Package, tuple[Entry, ...]], ...] = (
+    (
+        Package("shadows", "1.0", "py_0", ("python",), noarch=True, entry_points=("python3.11 = shadows:main",)),
+        (Entry("site-packages/shadows.py", b"def main(): pass\n"),),
+    ),
+    (
+        Package("climbs", "1.0", "0"),
+        (Entry("planted", b"mine\n"), Entry("../climbs-1.0-0/planted", b"mine\n")),
+    ),
+    (Package("forges", "1.0", "0"), (Entry("conda-meta/forged-1.0-0.json", b"{}"),)),
+    (Package("holds", "1.0", "0"), (Entry("share/place/planted", b"mine\n"),)),
+    (Package("links", "1.0", "0"), (Entry("share/place", link_to="../.."),)),
+)
+"""`shadows` has the installer write over Python; `climbs` out of the prefix; `forges` what the installer believes; what `holds` has
+goes where `links` says."""
 
 
 def write_channel(folder: Path, wheels: Path) -> Path:
@@ -47,6 +63,8 @@ def write_channel(folder: Path, wheels: Path) -> Path:
         write_wheel(wheels, side, "1.0", files={f"{side}.py": "", "common.py": f"SIDE = '{side}'\n"})
     write_wheel(wheels, "tilts", "1.0", requires=["left"])
     write_wheel(wheels, "hijack", "1.0", files={"hijack-1.0.data/data/bin/python3.11": "#!/bin/sh\n"})
+    for package, entries in HOSTILE:
+        write_package(folder, package, entries)
     build_channel(folder, sorted(wheels.glob("*.whl")), find_interpreter(Path(sys.executable)))
     return folder
 

@@ -143,6 +143,18 @@ def check_winners(packages: Sequence[Linked], order: Callable[[], Sequence[str]]
             raise NotAlike(lost[0])
 
 
+def check_folders(packages: Sequence[Linked]) -> None:
+    """Whether no path is one package's file (or link: to anywhere) and another's folder, for what is linked there follows links.
+    Raises NotAlike."""
+    names = {name for package in packages for name in package.names}
+    folders: set[str] = set()
+    for name in names:
+        while (name := name.rpartition("/")[0]) and name not in folders:
+            folders.add(name)
+    if both := names & folders:
+        raise NotAlike(min(both))
+
+
 def _shared(package: Linked, byte_code: Path) -> Iterator[str]:
     """Files that are the same in every prefix."""
     yield from package.names - set(package.rewritten)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runtime_envs.errors import CHANNEL_FAILED, INVALID, UNSOLVABLE, EnvironmentProblem
+from runtime_envs.errors import BUILD_FAILED, CHANNEL_FAILED, INVALID, UNSOLVABLE, EnvironmentProblem
 from runtime_envs.materialize import NO_SPACE, build_failed
 from runtime_envs.uv import INHERITED, READABLE_UMASK
 
@@ -148,6 +148,11 @@ def _problem(kind: str, message: str) -> EnvironmentProblem:
             CHANNEL_FAILED, f"The conda channel did not deliver: {reason}",
             hint="Try again; what was downloaded is kept. If it stays, the operator should check the channel.",
             fixable_by="operator",
+        )  # fmt: skip
+    if kind == "refused":
+        return EnvironmentProblem(
+            BUILD_FAILED, f"The environment cannot be made: {reason}.",
+            hint="Leave out this package or what needs it, or choose another version.",
         )  # fmt: skip
     if kind in ("install", "channel"):
         return build_failed(reason)

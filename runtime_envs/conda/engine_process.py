@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -49,6 +50,8 @@ from rattler.package_cache import ValidationMode
 
 PLATFORM: Final = "linux-64"
 ENVIRONMENT = "default"
+META = "conda-meta"
+STEM = re.compile(r"\.(conda|tar\.bz2)$")
 FRESH_S = 60.0
 """For so long channels are not asked again, unless something cannot be had from them."""
 JUST_NOW_S = 1.0
@@ -184,15 +187,16 @@ async def install_lock(question: dict[str, Any]) -> dict[str, Any]:
     records.sort(
         key=lambda record: -(record.size or 0)
     )  # the largest takes longest, on one core: it must not come last
+    cache, prefix = Path(question["cache"]), Path(question["prefix"])
     mode = ValidationMode.full() if question.get("validate") else ValidationMode.fast()
-    layer = PackageCacheLayer(Path(question["cache"])).with_validation_mode(mode)
+    layer = PackageCacheLayer(cache).with_validation_mode(mode)
     await install(
         records,
-        target_prefix=Path(question["prefix"]),
+        target_prefix=prefix,
         package_cache=PackageCache.from_layers([layer]),
         alternative_target_prefix=question.get("written_prefix"),
         execute_link_scripts=False,
-        reporter=Progress(len(records)),  # type: ignore[abstract]  # its methods are empty, not abstract
+        reporter=Progress(len(records), Contents(records, cache, prefix)),  # type: ignore[abstract]  # its methods are empty, not abstract
         client=Client.default_client(),
         config=_config(),
     )
@@ -211,17 +215,80 @@ def _config() -> Config:
     return config
 
 
+class Refused(Exception):
+    """A package that must not be linked."""
+
+
+class Contents:
+    """What packages bring into one prefix, looked at before rattler 0.28 links it: that follows `..` out of the prefix, and writes
+    entry points (`bin/…`) in place, into a file of another package that all prefixes share."""
+
+    def __init__(self, records: list[RepoDataRecord], cache: Path, prefix: Path) -> None:
+        self._places = {record.name.normalized: cache / STEM.sub("", record.file_name) for record in records}
+        self._files: set[str] = set()
+        self._made: set[str] = set()
+        self._folders: set[str] = set()
+        for meta in (prefix / META).glob("*.json"):
+            self._note({path["_path"] for path in json.loads(meta.read_bytes())["paths_data"]["paths"]}, set())
+
+    def add(self, name: str) -> None:
+        """A package that is in the cache. Raises Refused."""
+        try:
+            files, made = brought(self._places[name] / "info")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Refused(f"the conda package `{name}` does not say what it brings: {error!r}") from None
+        if outside := next((path for path in files if not is_inside(path)), None):
+            raise Refused(f"the conda package `{name}` brings `{outside}`, which no package may write")
+        self._note(files, made)
+        if twice := (self._made & self._files) | (self._folders & (self._files | self._made)):
+            path = min(twice)
+            raise Refused(
+                f"the conda package `{name}` brings `{path}`, as another does, and would be written into its file"
+            )
+
+    def _note(self, files: set[str], made: set[str]) -> None:
+        self._files |= files
+        self._made |= made
+        for path in files:
+            while (path := path.rpartition("/")[0]) and path not in self._folders:
+                self._folders.add(path)
+
+
+def brought(info: Path) -> tuple[set[str], set[str]]:
+    """Paths from the prefix: what a package's description says it brings, and what is made for it there."""
+    old = not (info / "paths.json").exists()
+    paths = [] if old else json.loads((info / "paths.json").read_bytes())["paths"]
+    files = set((info / "files").read_text(encoding="utf-8").splitlines()) if old else set()
+    files |= {path["_path"] for path in paths if path.get("path_type") != "directory" or not is_inside(path["_path"])}
+    if not (info / "link.json").exists():
+        return files, set()
+    points = json.loads((info / "link.json").read_bytes()).get("noarch", {}).get("entry_points") or ()
+    placed = {re.sub(r"^python-scripts/", "bin/", path) for path in files}
+    return placed, {f"bin/{point.partition('=')[0].strip()}" for point in points}
+
+
+def is_inside(path: str) -> bool:
+    parts = path.split("/")
+    return parts[0] not in ("", ".", META) and ".." not in parts
+
+
 class Progress(InstallerReporter):
     """Says what is fetched and linked. rattler 0.28 does not say how much has arrived."""
 
-    def __init__(self, packages: int) -> None:
+    def __init__(self, packages: int, contents: Contents) -> None:
         self._packages = packages
+        self._contents = contents
         self._linked = 0
 
     def on_download_completed(self, download_idx: int) -> None:
         say(stage="download")
 
     def on_link_start(self, operation: int, package_name: str) -> int:
+        try:
+            self._contents.add(package_name)
+        except Refused as error:  # others may be being linked: nothing may go on
+            say(error={"kind": "refused", "message": str(error)})
+            os._exit(1)
         self._linked += 1
         if self._linked in (1, self._packages):
             say(stage="link", packages=self._linked)

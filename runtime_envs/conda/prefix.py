@@ -106,7 +106,7 @@ def _checked(file: Path, expected: Pair, cache: Path) -> Linked:
 
 def _is_inside(name: str) -> bool:
     parts = name.split("/")
-    return parts[0] not in ("", META) and ".." not in parts
+    return parts[0] not in ("", ".", META) and ".." not in parts
 
 
 def forget_prefix(prefix: Path, package: Linked) -> None:

@@ -29,6 +29,7 @@ from heliostat_service import (
 )
 
 from app.processes import marked
+from runtime_envs.errors import BUILD_FAILED
 from runtime_envs.sandbox.host import ability
 
 ESCAPES = Path(__file__).parents[1] / "escapes.py"
@@ -60,9 +61,10 @@ class Scene:
         job_id = train(self.attacker, environment=attack, **body)
         return job_id, wait_done(self.attacker, job_id)
 
-    def hostile_environment(self, client: httpx.Client, version: str, attack: str) -> None:
+    def hostile_environment(self, client: httpx.Client, version: str, attack: str, **more: str) -> None:
+        """`more`: files of the package."""
         source = ESCAPES.read_text().replace("TARGETS = {}", f"TARGETS = { ({**self.targets, 'attack': attack})!r}")
-        files = {"escapes.py": source + "\n\non_import()\n", "escapes.pth": "import escapes\n"}
+        files = {"escapes.py": source + "\n\non_import()\n", "escapes.pth": "import escapes\n"} | more
         write_wheel(self.shelf, "escapes", version, files=files)
         text = ENVIRONMENT.format(name=attack, version=version)
         made = client.post("/environments", content=text, headers={"content-type": "application/yaml"})
@@ -205,4 +207,18 @@ def test_links_among_its_files_are_not_followed(scene: Scene) -> None:
     job_id, seen = scene.attack("4.0", "link")
     assert seen["status"] == "failed", explain_failure(scene.service, scene.attacker, job_id)
     assert seen["error"]["code"] == "output_refused"
+    scene.unharmed()
+
+
+def test_a_package_that_brings_what_the_platform_believes_is_refused_whole(scene: Scene) -> None:
+    victim = scene.service.data_dir / "victim"
+    victim.touch()
+    climbing = "../" * 40 + str(victim).lstrip("/")
+    record = {"name": "zzz", "fn": "zzz-1.0-0.conda", "paths_data": {"paths": [{"_path": climbing}]}}
+    files = {"escapes-6.0.data/data/conda-meta/zzz-1.0-0.json": json.dumps(record)}
+    scene.hostile_environment(scene.attacker, "6.0", "believed", **files)
+    seen = wait_done(scene.attacker, train(scene.attacker, environment="believed"))
+    assert seen["status"] == "failed" and seen["error"]["code"] == BUILD_FAILED, seen
+    assert "`escapes-6.0`" in seen["error"]["message"] and "conda-meta/zzz-1.0-0.json" in seen["error"]["message"]
+    assert victim.exists()
     scene.unharmed()
