@@ -13,6 +13,7 @@ from builders_channel import ChannelServer, conda_yml
 from builders_wheels import write_wheel
 
 from runtime_envs.channels.package import Package, write_package
+from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.engine import index_channel
 from runtime_envs.conda.lock import read_conda_lock
 from runtime_envs.conda.solve import CondaPlaces
@@ -151,14 +152,14 @@ def test_channels_of_the_file(places: CondaPlaces) -> None:
 
 @pytest.fixture
 def gpu_places(places: CondaPlaces, channel_folder: Path, tmp_path: Path) -> CondaPlaces:
-    """With what the base `cuda` has more, none of which knows this machine; `kernels` need a GPU, `modern` a libc of tomorrow."""
+    """With what the base `cuda` has more; `kernels` need a GPU, `modern` a libc of tomorrow."""
     folder = tmp_path / "channel"
     shutil.copytree(channel_folder, folder)
     for package in (
+        *(Package(spec.split()[0], "1.0", "0") for spec in conda_bases()["cuda"].packages),
         Package("pytorch", "2.5.0", "py_cuda_0", depends=("python 3.11.*", "__cuda")),
         Package("cuda-version", "12.8", "0"),
         Package("cudnn", "9.0", "0"),
-        Package("bitsandbytes", "0.45", "0"),
         Package("kernels", "1.0", "0", depends=("__cuda >=12.4", "__glibc >=2.17", "__linux", "__unix")),
         Package("modern", "1.0", "0", depends=("__glibc >=2.99",)),
     ):
