@@ -132,9 +132,10 @@ class EnvironmentSettings(BaseModel):
     """The names that an environment.yml may use → where each is: a URL, of a mirror too, or `file://` a folder that
     `heliostat channel build` made. No passwords: locks name these places."""
     denied_packages: list[str] = []
+    """By their name on conda or pip, however it is spelt. Neither named in a file nor brought by what is."""
     max_packages: int = Field(1000, ge=1)
     max_gb: float = Field(30.0, gt=0)
-    """GiB of packages, compressed, of one environment."""
+    """GiB of packages, compressed, of one environment. A wheel of an index that does not tell sizes counts nothing."""
     disk_gb: float | None = Field(None, gt=0)
     """GiB on each node for environments and their caches; what was not used for longest goes first, what a job uses stays.
     None: as much as there is."""

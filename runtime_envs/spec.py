@@ -24,7 +24,10 @@ BASES = ("host", "cpu", "cuda", "tensorflow")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 CONDA_LINE = re.compile(r"(?:(?P<channel>[^\s=<>]+?)::)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)\s*(?P<rest>.*)")
 CONDA_REST = re.compile(r"(?P<versions>\S*?)(?:(?:(?<=[^=<>!~,])=| )(?P<build>[A-Za-z0-9._+*]+))?")
-CONDA_VERSION = re.compile(r"(?P<operator>==|>=|<=|!=|~=|>|<|=)?(?P<version>[A-Za-z0-9.+!_-]+?)?(?P<star>\.?\*)?")
+SEGMENTS = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*_?"
+CONDA_VERSION = re.compile(
+    rf"(?P<operator>==|>=|<=|!=|~=|>|<|=)?(?P<version>(?:[0-9]+!)?{SEGMENTS}(?:\+{SEGMENTS})?)?(?P<star>\.?\*)?"
+)
 NO_DEFAULTS = "nodefaults"
 """Not a channel: it says that there are no others."""
 LICENSED_CHANNELS = re.compile(r"defaults|main|anaconda|pkgs/.*|.*repo\.(anaconda|continuum)\..*")
@@ -216,7 +219,7 @@ def conda_dependency(text: str, line: int) -> Dependency:
     channel, name = match["channel"], match["name"].lower()
     if channel and LICENSED_CHANNELS.fullmatch(channel):
         refuse(line, f"channel `{channel}` is refused", "Use `conda-forge`.", UNSUPPORTED)
-    rest = " ".join(re.sub(r"\s*([=<>!~,]+)\s*", r"\1", match["rest"]).split())
+    rest = re.sub(r" ?([=<>!~,]+) ?", r"\1", " ".join(match["rest"].split()))
     try:
         versions, build = _versions(rest)
         specifier = _specifier(name, versions)

@@ -3,6 +3,7 @@ gets killed meanwhile. Package cache, byte code and prefixes lie under one root,
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_stor
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
 from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_folders, check_winners, nearest, pairs, read_source
 from runtime_envs.conda.engine import Engine
-from runtime_envs.conda.fetch import fetch_packages
+from runtime_envs.conda.fetch import DOWNLOADS, fetch_packages
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
 from runtime_envs.conda.manifest import Manifest, describe
 from runtime_envs.conda.prefix import Linked, forget_prefix, read_prefix
@@ -220,14 +221,24 @@ class CondaEnvironments:
         return self.byte_code / site.lock.minor
 
     def _check_one_filesystem(self, home: Path) -> None:
-        """Else every environment would be a whole copy."""
-        for folder in (self.packages, self.byte_code, self._root / "uv-cache"):
+        """Else every environment would be a whole copy. A link is tried: two mounts of one disk have one device number."""
+        probe = home / "probe"
+        probe.touch()
+        for folder in (self.packages, self.byte_code, self._root / DOWNLOADS, self._root / "uv-cache"):
             folder.mkdir(parents=True, exist_ok=True)
-            if folder.stat().st_dev != home.stat().st_dev:
+            linked = folder / f".probe-{home.name}"
+            linked.unlink(missing_ok=True)  # of one who was killed here
+            try:
+                linked.hardlink_to(probe)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
                 raise EnvironmentProblem(
                     BUILD_FAILED, f"{folder} and {home.parent} lie on two filesystems; files cannot be shared.",
-                    hint="Put the whole data folder of the node on one filesystem.", fixable_by="operator",
-                )  # fmt: skip
+                    hint="Put the whole data folder of the node on one mount.", fixable_by="operator",
+                ) from None  # fmt: skip
+            linked.unlink()
+        probe.unlink()
 
 
 def _read(site: _Site, cloned_later: Collection[str]) -> list[Linked]:

@@ -137,6 +137,23 @@ def test_a_cache_on_another_disk_is_refused(small_disk: Path, tmp_path: Path, pl
         Environments(tmp_path / "node", places.index).materialize(lock_of(places))
 
 
+@pytest.mark.parametrize("cache", ["pkgs", "downloads", "uv-cache"])
+def test_so_is_one_on_another_mount_of_the_same_disk(cache: str, tmp_path: Path, places: CondaPlaces) -> None:
+    """Links do not go from mount to mount, though both say that they are of one device."""
+    folder, elsewhere = tmp_path / "node" / cache, tmp_path / "elsewhere"
+    for one in (folder, elsewhere):
+        one.mkdir(parents=True)
+    done = subprocess.run(["mount", "--bind", elsewhere, folder], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no right to mount: {done.stderr.strip()}")
+    try:
+        with pytest.raises(EnvironmentProblem, match=f"{cache} and .* lie on two filesystems"):
+            Environments(tmp_path / "node", places.index).materialize(lock_of(places))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_another_channel_folder_is_no_obstacle(
     node: Environments, places: CondaPlaces, channel_folder: Path, tmp_path: Path
 ) -> None:

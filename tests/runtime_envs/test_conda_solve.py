@@ -13,6 +13,7 @@ from builders_channel import ChannelServer, conda_yml
 from builders_wheels import write_wheel
 
 from runtime_envs.channels.package import Package, write_package
+from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.engine import index_channel
 from runtime_envs.conda.lock import read_conda_lock
 from runtime_envs.conda.solve import CondaPlaces
@@ -129,13 +130,15 @@ def test_the_size_of_all_that_is_fetched(places: CondaPlaces, wheels: Path) -> N
         ("greeter=*=py_0", "2.0"),
         ("greeter 1", "1.0"),
         ("Greeter <2", "1.0"),
+        ("conda-forge::greeter <2", "1.0"),
+        ("https://conda.anaconda.org/conda-forge::greeter=1.0=py_0", "1.0"),
     ],
 )
 def test_the_ways_to_write_a_conda_package(line: str, version: str, places: CondaPlaces) -> None:
     assert versions(solve_environment(conda_yml(line), places))["greeter"] == version
 
 
-@pytest.mark.parametrize("line", ["greeter=1.0=py_1", "greeter==1.0.1w", "greeter=1..0"])
+@pytest.mark.parametrize("line", ["greeter=1.0=py_1", "greeter==1.0.1w", "greeter==1_0-1"])
 def test_what_the_channel_does_not_have_is_named_with_its_line(line: str, places: CondaPlaces) -> None:
     assert refused(conda_yml("polite", line), places).line == 5
 
@@ -151,14 +154,14 @@ def test_channels_of_the_file(places: CondaPlaces) -> None:
 
 @pytest.fixture
 def gpu_places(places: CondaPlaces, channel_folder: Path, tmp_path: Path) -> CondaPlaces:
-    """With what the base `cuda` has more, none of which knows this machine; `kernels` need a GPU, `modern` a libc of tomorrow."""
+    """With what the base `cuda` has more; `kernels` need a GPU, `modern` a libc of tomorrow."""
     folder = tmp_path / "channel"
     shutil.copytree(channel_folder, folder)
     for package in (
+        *(Package(spec.split()[0], "1.0", "0") for spec in conda_bases()["cuda"].packages),
         Package("pytorch", "2.5.0", "py_cuda_0", depends=("python 3.11.*", "__cuda")),
         Package("cuda-version", "12.8", "0"),
         Package("cudnn", "9.0", "0"),
-        Package("bitsandbytes", "0.45", "0"),
         Package("kernels", "1.0", "0", depends=("__cuda >=12.4", "__glibc >=2.17", "__linux", "__unix")),
         Package("modern", "1.0", "0", depends=("__glibc >=2.99",)),
     ):
@@ -166,6 +169,11 @@ def gpu_places(places: CondaPlaces, channel_folder: Path, tmp_path: Path) -> Con
     index_channel(folder)
     policy = replace(places.policy, channels={"conda-forge": folder.as_uri()})
     return CondaPlaces(policy, tmp_path / "cache", places.index)
+
+
+def test_a_channel_in_a_folder_can_be_named_for_what_the_base_has(gpu_places: CondaPlaces) -> None:
+    solved = solve_environment(conda_yml("conda-forge::numpy", "conda-forge::python", base="cuda"), gpu_places)
+    assert versions(solved)["numpy"] == "2.0"
 
 
 def test_what_nodes_have_is_the_bases_word_not_this_machines(gpu_places: CondaPlaces) -> None:
