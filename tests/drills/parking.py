@@ -3,7 +3,9 @@ evaluations, while a checkpoint is written, and while one rank lags behind.
 
     python -m tests.drills.parking [--switches 20] [--seed 1]
 
-Every loss must be that of the run that was alone, and who is parked must not compute. Each case is a line in
+Every loss must be that of the run that was alone; who is parked must not compute, and have no more memory than when it
+trains. On a CPU it has hardly less: weights and optimizer have nowhere else to go, only the allocator's free memory is given
+back. Each case is a line in
 benchmarks/drills/parking.jsonl; one that stands there for this commit is not run again."""
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from parking import MOMENTS, take_turns  # noqa: E402
 
 from tests.drills.records import Records  # noqa: E402
 
+GROWTH = 1.02
+"""The memory of a parked child, of that which it had some steps before, at most: it may have written a checkpoint meanwhile."""
 IDLE_SHARE = 0.02
 """Of a core, at most, that a parked child may use."""
 
@@ -38,6 +42,9 @@ def run_case(ranks: int, switches: int, seed: int) -> dict[str, Any]:
         f"{name}_median": round(statistics.median(one[name] for one in turns.switches), 4)
         for name in ("park_s", "resume_s", "to_step_s", "mib_before", "mib_parked")
     }
+    assert medians["mib_parked_median"] <= GROWTH * medians["mib_before_median"], (
+        f"a parked training holds more: {medians}"
+    )
     slowest = {moment: max(one["park_s"] for one in turns.switches if one["moment"] == moment) for moment in MOMENTS}
     return {**medians, "park_s_slowest": slowest, "parked_cores": round(share, 4), "parked_s": round(turns.parked_s, 1)}
 

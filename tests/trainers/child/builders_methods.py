@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from builders_child import Child, Recorder
 from builders_llama import CAPITALS, WORDS
+from safetensors.torch import load_file
 
 from trainers.child.rank import run_rank
 from trainers.config import TrainConfig
@@ -21,6 +22,20 @@ def train(config: TrainConfig) -> Recorder:
 
 def checkpoint_of(wire: Recorder | Child, step: int) -> str:
     return next(str(message["path"]) for message in wire.of("checkpoint") if message["step"] == step)
+
+
+def weights_of(wire: Recorder | Child) -> dict[str, torch.Tensor]:
+    """What the run has trained, as its artifact holds it."""
+    folder = Path(wire.of("finished")[0]["artifact"])
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return load_file(next(folder / name for name in names if (folder / name).is_file()))
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], share: float = 1e-3) -> None:
+    """Each tensor to a share of its norm: AdamW divides by what may be tiny."""
+    assert found and found.keys() <= wanted.keys()
+    for name, value in found.items():
+        assert (value - wanted[name]).norm() <= share * wanted[name].norm(), name
 
 
 def preference_rows(count: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders_child import Recorder, make_config, numbers
 from builders_llama import capital_rows, make_tiny_llama, write_rows
+from builders_methods import assert_same_weights, weights_of
 from safetensors.torch import load_file, save_file
 
 from trainers.child import session
@@ -71,13 +72,15 @@ def test_a_resumed_run_gives_the_numbers_of_the_undisturbed_one(
         assert resumed.of("finished")[0]["sha256"][name] == undisturbed.of("finished")[0]["sha256"][name]
 
 
-def test_the_micro_batch_does_not_change_the_loss(tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
+def test_the_micro_batch_changes_neither_losses_nor_weights(tiny_llama: Path, capitals: Path, tmp_path: Path) -> None:
     runs = [
         train(make_config(tiny_llama, capitals, tmp_path / str(size), lora_dropout=0.0, lr=1e-3, micro_batch_size=size))
         for size in (1, 3, 4)
     ]
     losses = [[step["loss"] for step in run.of("step")] for run in runs]
     assert losses[0] == pytest.approx(losses[2], rel=1e-5) and losses[1] == pytest.approx(losses[2], rel=1e-5)
+    for run in runs[:2]:
+        assert_same_weights(weights_of(run), weights_of(runs[2]))
 
 
 @pytest.mark.parametrize(("packing", "most"), [(None, PACKED_TOKENS), (False, 16 * 160)])

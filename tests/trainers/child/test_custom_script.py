@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from builders_child import Child, tree_of
 from builders_custom import STEPS, conductor, custom_config
@@ -111,6 +113,38 @@ def test_parked_between_two_steps_and_on_again(tmp_path: Path) -> None:
         assert child.command("resume", 3)["state"] == "training"
         child.until("finished")
     assert 0 < seen < 80 and [step["step"] for step in child.steps] == list(range(1, 81))
+
+
+def test_who_is_parked_between_two_steps_computes_nothing_elsewhere_either(tmp_path: Path) -> None:
+    """A thread and a process of its own go on while the script waits in `between`."""
+    busy = """
+        import subprocess, sys, threading
+
+        def work():
+            while True:
+                pass
+
+        threading.Thread(target=work, daemon=True).start()
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """
+    config = custom_config(tmp_path, params={"steps": 10_000, "seconds": 0.01})
+    script = tmp_path / "program" / "train.py"
+    script.write_text(textwrap.dedent(busy) + script.read_text())
+    with conductor() as child:
+        child.start(config)
+        child.until("step")
+        assert child.command("park")["state"] == "parked"
+        scripts = [psutil.Process(pid) for pid in tree_of(child.pid)[1:]]
+        assert len(scripts) == 2
+        until(lambda: {one.status() for one in scripts} == {psutil.STATUS_STOPPED})
+        assert child.command("checkpoint", 2)["state"] == "parked" and of(child, "checkpoint"), (
+            "it saves, and is still again"
+        )
+        until(lambda: {one.status() for one in scripts} == {psutil.STATUS_STOPPED})
+        assert child.command("resume", 3)["state"] == "training"
+        child.until("step")
+        assert child.command("park", 4)["state"] == "parked"
+        assert child.command("stop", 5)["state"] == "finished"
 
 
 def test_a_checkpoint_on_command_and_a_resumed_run(tmp_path: Path) -> None:

@@ -94,16 +94,17 @@ def test_nobody_goes_on_before_all_are_there(tmp_path: Path) -> None:
     assert [script.told for script in stage.scripts] == [["go"], ["go"]]
 
 
-def test_a_park_that_is_taken_back_at_once(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, Standing(yields=True))
+def test_a_park_that_is_taken_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, Standing(yields=True), monkeypatch=monkeypatch)
     stage.command("park", 1)
     stage.command("resume", 2)
     stage.arrive()
     assert [sent[2] for sent in stage.sent] == ["parked", "training"] and stage.scripts[0].told == ["go"]
+    assert stage.signals == ["hold", "go_on"]
 
 
-def test_parked_and_saved_and_still_parked(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, Standing(yields=True))
+def test_parked_and_saved_and_still_parked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path, Standing(yields=True), monkeypatch=monkeypatch)
     stage.course.fresh = True
     stage.command("park")
     stage.arrive()
@@ -115,6 +116,7 @@ def test_parked_and_saved_and_still_parked(tmp_path: Path) -> None:
     assert stage.scripts[0].told == ["save"]
     stage.command("resume", 3)
     assert stage.scripts[0].told == ["save", "go"]
+    assert stage.signals == ["hold", "go_on", "hold", "go_on"], "still while parked, but for the time that it saves"
 
 
 def test_what_was_asked_for_last_is_answered_at_the_end(tmp_path: Path) -> None:

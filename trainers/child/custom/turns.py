@@ -1,5 +1,6 @@
 """What the worker commands against where the scripts stand: those that call `between` are cut there, all ranks at the same
-step; those that do not are held and continued by signals, and told to leave by SIGTERM."""
+step, and held there by signals, threads and other processes of theirs too; those that do not are held wherever they are, and told
+to leave by SIGTERM."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class Turns:
         self._parked = False
         """They wait in `between`."""
         self._held = False
-        """They are stopped by a signal."""
+        """They were stopped wherever they were."""
+        self._still = False
+        """They are stopped by a signal, here or there."""
 
     @property
     def parked(self) -> bool:
@@ -82,7 +85,7 @@ class Turns:
 
     def answer_all(self, state: str) -> None:
         """The scripts have ended: whatever was asked for, this is how it stands."""
-        self._parked = self._held = False
+        self._parked = self._held = self._still = False
         while self._commands:
             self.answer(self._commands.popleft()[0], state)
 
@@ -99,6 +102,8 @@ class Turns:
                 self.stopping, self._parked = True, False
                 return self._tell_all("stop")
             self._parked = command == "park" or (self._parked and command != "resume")
+            if self._parked:
+                self._hold()
             self.answer(self._commands.popleft()[0], "training")
         if not self._parked:
             self._go_on(can_save)
@@ -123,6 +128,7 @@ class Turns:
             self._send("log", level="warning", message=f"the checkpoint is not kept: {error}")
 
     def _tell_all(self, type: str, **fields: Any) -> None:
+        self._let_go()
         for script in self._scripts:
             script.waits = None
             script.tell(type, **fields)
@@ -133,10 +139,10 @@ class Turns:
         while self._commands and not self.stopping:
             command = self._commands[0][0]["command"]
             if command == "park" and not self._held:
-                processes.hold()
+                self._hold()
                 self._held = True
             elif command in ("resume", "stop") and self._held:
-                processes.go_on()
+                self._let_go()
                 self._held = False
             if command == "stop":
                 return self._terminate()
@@ -149,3 +155,13 @@ class Turns:
             self.stopping = True
             for script in self._scripts:
                 script.process.terminate()
+
+    def _hold(self) -> None:
+        if not self._still:
+            processes.hold()
+        self._still = True
+
+    def _let_go(self) -> None:
+        if self._still:
+            processes.go_on()
+        self._still = False
