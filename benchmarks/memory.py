@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma-45m": gated("gemma", 512, 8, 1, vocab_size=32000),
     "gemma2-30m": gated("gemma2", 512, 6, 4),
     "gemma3-38m": gated("gemma3_text", 512, 8, 4),
+    "gemma3-window": gated("gemma3_text", 512, 8, 4, sliding_window=256, sliding_window_pattern=4),
+    "mistral-window": gated("mistral", 512, 10, 2, tie_word_embeddings=False, sliding_window=256),
     "gpt2-34m": {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16000, **TOKENS},
     "bert-27m": {
         "model_type": "bert",
@@ -59,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
 }
+MODELS["roberta-27m"] = {**MODELS["bert-27m"], "model_type": "roberta", "type_vocab_size": 1, **TOKENS}
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ SETTINGS = [
     Setting("llama-38m", batch_size=1, seq_len=1536, checkpointing=True),
     Setting("llama-38m", "full", "bf16", batch_size=1, seq_len=1024, checkpointing=True),
     Setting("gpt2-34m", batch_size=1, seq_len=512, checkpointing=True),
+    Setting("roberta-27m", task="sequence_classification", packing=False, batch_size=8, micro_batch=8, seq_len=128),
+    Setting("gemma3-window", precision="bf16", seq_len=1024),
+    Setting("mistral-window", seq_len=1024),
+    Setting("mistral-window", "full", "bf16", seq_len=1024, batch_size=1),
+    Setting("mistral-window", precision="bf16", seq_len=1024, checkpointing=True),
 ]
 WITHOUT_LIMIT = [replace(SETTINGS[at], bounded=False) for at in (0, 1, 3, 5, 16, 18)]
 
@@ -136,7 +144,7 @@ def make_model(config: dict[str, Any], folder: Path, dtype: str) -> None:
     from builders_llama import make_tokenizer
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    kind = AutoModelForMaskedLM if config["model_type"] == "bert" else AutoModelForCausalLM
+    kind = AutoModelForMaskedLM if config["model_type"] in ("bert", "roberta") else AutoModelForCausalLM
     torch.manual_seed(0)
     made = kind.from_config(CONFIG_MAPPING[config["model_type"]](**config))
     made.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(folder)

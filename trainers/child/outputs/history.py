@@ -15,6 +15,8 @@ _OF_A_STEP = {
     "loss": "train/loss",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
+    "accuracy": "train/accuracy",
+    "reward_accuracy": "train/reward_accuracy",
     "reward_margin": "train/reward_margin",
 }
 _NOT_MEASURES = ("type", "step", "when", "rows")

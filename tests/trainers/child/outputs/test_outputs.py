@@ -276,6 +276,14 @@ def test_a_step_computed_again_counts_as_the_last_time() -> None:
     assert "validation/rows" not in found.series
 
 
+def test_accuracies_of_pairs_and_classes_have_their_curves() -> None:
+    steps = [{"type": "step", "step": 1, "loss": 1.0, "tokens": 9, "reward_accuracy": 0.5, "reward_margin": 0.1}]
+    steps += [{"type": "step", "step": 2, "loss": 0.5, "tokens": 9, "accuracy": 0.75}]
+    series = read_history(json.dumps(step) for step in steps).series
+    assert series["train/reward_accuracy"] == ((1, 0.5),) and series["train/accuracy"] == ((2, 0.75),)
+    assert "train/tokens" not in series
+
+
 @pytest.mark.integration  # matplotlib looks for fonts the first time: ten seconds
 def test_the_curves_are_a_picture(tmp_path: Path) -> None:
     from matplotlib import pyplot
