@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from app.datasets.problems import BadRow
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -67,6 +69,7 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
     if role not in ROLES:
         raise BadRow(f"turn {number} has no role of {', '.join(ROLES)}")
     kept = {key: turn[key] for key in KEPT if turn.get(key) is not None}
+    _check_calls(kept.get("tool_calls", []), number)
     stored = {"role": role, "content": _content(turn.get("content"), number, bool(kept.get("tool_calls"))), **kept}
     weight = turn.get("weight")
     if weight is None:
@@ -74,6 +77,27 @@ def _turn(turn: Any, number: int) -> dict[str, Any]:
     if isinstance(weight, bool) or weight not in (0, 1):
         raise BadRow(f"turn {number} has a weight other than 0 and 1")
     return {**stored, "weight": int(weight)}
+
+
+def _check_calls(calls: Any, number: int) -> None:
+    """OpenAI's form. Arguments stay as they are, an object or its JSON: the training gives each chat template what it takes."""
+    if not isinstance(calls, list):
+        raise BadRow(f"turn {number} has tool_calls that are not a list")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"turn {number} has a tool call without the name of a function")
+        if not _is_object(function.get("arguments", {})):
+            raise BadRow(f"turn {number} has a tool call whose arguments are not a JSON object")
+
+
+def _is_object(arguments: Any) -> bool:
+    if not isinstance(arguments, str):
+        return isinstance(arguments, dict)
+    try:
+        return isinstance(orjson.loads(arguments), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def _content(content: Any, number: int, may_lack: bool) -> str:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers.child.chat import CHATML
 from trainers.child.failure import TrainFailure
-from trainers.child.render import CHATML
 
 KEPT = (
     "config.json",

@@ -8,11 +8,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trainers.child.failure import TrainFailure
+from trainers.child.failure import TrainFailure, describe
 from trainers.child.render import Rendered, Row, render
+from trainers.child.rows import count_long, numbers_of
 from trainers.config import Hyperparams
 
 IGNORED = -100
@@ -55,22 +57,46 @@ def file_sha256(path: Path) -> str:
 
 def encode_row(row: Row, tokenizer: Any) -> Example:
     """Tokens of the whole row; loss on the tokens that begin inside a span."""
-    rendered = render(row, tokenizer)
-    if "prompt" in row or not getattr(tokenizer, "is_fast", False):
-        return _encode_pieces(rendered, tokenizer)
-    encoded = tokenizer(rendered.text, add_special_tokens=not rendered.templated, return_offsets_mapping=True)
-    example = _labelled(encoded["input_ids"], encoded["offset_mapping"], rendered)
-    return example if rendered.templated else _with_end(example, tokenizer)
+    return encode_rows([row], tokenizer)[0]
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
-    """As `encode_row` for each of them. Conversations take one call of the tokenizer, which uses all threads that it may."""
-    together = rows and getattr(tokenizer, "is_fast", False) and all("messages" in row for row in rows)
-    if not together:
-        return [encode_row(row, tokenizer) for row in rows]
-    rendered = [render(row, tokenizer) for row in rows]
-    encoded = tokenizer([one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    return [_labelled(*one) for one in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)]
+    """All in a few calls of the tokenizer, which uses all threads that it may. Raises TrainFailure, which names the row."""
+    rendered = [_rendered(row, number, tokenizer) for row, number in zip(rows, numbers_of(rows), strict=True)]
+    parted = ["prompt" in row or not getattr(tokenizer, "is_fast", False) for row in rows]
+    together = list(zip(rendered, parted, strict=True))
+    pieces = iter(_encode_pieces([one for one, apart in together if apart], tokenizer))
+    wholes = iter(_encode_whole([one for one, apart in together if not apart], tokenizer))
+    examples = [(one, next(pieces if apart else wholes)) for one, apart in together]
+    return [example if one.templated else _with_end(example, tokenizer) for one, example in examples]
+
+
+def _rendered(row: Row, number: int, tokenizer: Any) -> Rendered:
+    try:
+        return render(row, tokenizer)
+    except Exception as error:
+        failure = describe(error)
+        if failure.code != "row_not_renderable":
+            raise
+        raise TrainFailure(failure.code, f"Row {number}: {failure.message}", hint=failure.hint) from error
+
+
+def _encode_whole(rendered: Sequence[Rendered], tokenizer: Any) -> list[Example]:
+    texts = [(one.text, not one.templated) for one in rendered]
+    encoded = _tokenised(texts, tokenizer, return_offsets_mapping=True)
+    return [_labelled(*tokens, one) for tokens, one in zip(encoded, rendered, strict=True)]
+
+
+def _tokenised(texts: Sequence[tuple[str, bool]], tokenizer: Any, **options: Any) -> list[tuple[Any, Any]]:
+    """(ids, offsets where they were asked for) of each (text, whether the tokenizer adds its special tokens)."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for special in (False, True):
+        places = [place for place, text in enumerate(texts) if text[1] is special]
+        if places:
+            encoded = tokenizer([texts[place][0] for place in places], add_special_tokens=special, **options)
+            offsets = encoded.get("offset_mapping") or [None] * len(places)
+            found.update(zip(places, zip(encoded["input_ids"], offsets, strict=True), strict=True))
+    return [found[place] for place in range(len(texts))]
 
 
 def _labelled(ids: Sequence[int], offsets: Sequence[tuple[int, int]], rendered: Rendered) -> Example:
@@ -85,28 +111,46 @@ def _begins_in(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
     return end > start and any(first <= start < last for first, last in spans)
 
 
-def _encode_pieces(rendered: Rendered, tokenizer: Any) -> Example:
+def _encode_pieces(rendered: Sequence[Rendered], tokenizer: Any) -> list[Example]:
     """The text between spans tokenised by itself, as generation does with a prompt."""
+    if not rendered:
+        return []
+    nothing = list(tokenizer("")["input_ids"])
+    bare = nothing in ([], [tokenizer.eos_token_id])
+    pieces = [list(_pieces(one, bare)) for one in rendered]
+    texts = [(piece.text, piece.begins) for one in pieces for piece in one]
+    encoded = iter(_tokenised(texts, tokenizer))
+    return [_joined([(piece, list(next(encoded)[0])) for piece in one], tokenizer) for one in pieces]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`begins`: special tokens stand before it."""
+
+    text: str
+    begins: bool
+    carries_loss: bool
+
+
+def _joined(pieces: Sequence[tuple[_Piece, list[int]]], tokenizer: Any) -> Example:
     ids: list[int] = []
     labels: list[int] = []
-    for text, carries_loss in _pieces(rendered):
-        special = not rendered.templated and not ids
-        piece = list(tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
-        if special and piece and piece[-1] == tokenizer.eos_token_id:
-            piece = piece[:-1]
-        ids += piece
-        labels += piece if carries_loss else [IGNORED] * len(piece)
-    example = Example(ids, labels)
-    return example if rendered.templated else _with_end(example, tokenizer)
+    for piece, tokens in pieces:
+        if piece.begins and tokens and tokens[-1] == tokenizer.eos_token_id:
+            tokens = tokens[:-1]
+        ids += tokens
+        labels += tokens if piece.carries_loss else [IGNORED] * len(tokens)
+    return Example(ids, labels)
 
 
-def _pieces(rendered: Rendered) -> Iterator[tuple[str, bool]]:
-    position = 0
-    for start, end in rendered.spans:
-        yield rendered.text[position:start], False
-        yield rendered.text[start:end], True
-        position = end
-    yield rendered.text[position:], False
+def _pieces(rendered: Rendered, bare: bool) -> Iterator[_Piece]:
+    """A row that is no conversation begins with the tokenizer's special tokens, also where its first piece is empty. `bare`: it has
+    none to begin with."""
+    edges = [0, *(edge for span in rendered.spans for edge in span), len(rendered.text)]
+    for number, (start, end) in enumerate(pairwise(edges)):
+        begins = not rendered.templated and start == 0 and (number == 0 or bare)
+        if begins or start < end:
+            yield _Piece(rendered.text[start:end], begins, carries_loss=number % 2 == 1)
 
 
 def _with_end(example: Example, tokenizer: Any) -> Example:
@@ -126,25 +170,20 @@ def encode(
     """`context`: the longest sequence that the model takes; `examples`: the rows as tokens, where they are known. Raises
     TrainFailure when a row cannot be trained on."""
     examples = encode_rows(rows, tokenizer) if examples is None else examples
-    empty = [number for number, example in enumerate(examples, 1) if example.loss_tokens == 0]
+    numbers = numbers_of(rows)
+    empty = [number for number, example in zip(numbers, examples, strict=True) if example.loss_tokens == 0]
     if empty or not examples:
         raise _no_loss(empty, len(examples))
     limit = _limit(examples, hyper.max_seq_len, context)
-    long = [number for number, example in enumerate(examples, 1) if len(example.ids) > limit]
-    if long and hyper.overlength == "error":
-        raise TrainFailure(
-            "row_too_long",
-            f"{len(long)} rows are longer than {limit} tokens, the first is row {long[0]}.",
-            hint="Raise max_seq_len, shorten the rows, or set overlength to truncate or drop.",
-        )
+    long = count_long([len(example.ids) for example in examples], limit, hyper.overlength, numbers)
     if hyper.overlength == "drop":
         cut = [example for example in examples if len(example.ids) <= limit]
     else:
         cut = [Example(example.ids[:limit], example.labels[:limit]) for example in examples]
     kept = [example for example in cut if example.loss_tokens]
     if not kept:
-        raise _no_loss(list(range(1, len(examples) + 1)), len(examples))
-    return Encoded(kept, limit, truncated=len(long), dropped=len(examples) - len(kept))
+        raise _no_loss(numbers, len(examples))
+    return Encoded(kept, limit, truncated=long, dropped=len(examples) - len(kept))
 
 
 def _limit(examples: Sequence[Example], asked: int | None, context: int | None) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from trainers.child.data import MAX_AUTO_TOKENS
+from trainers.child.data import IGNORED, MAX_AUTO_TOKENS, Example
 from trainers.child.failure import TrainFailure
 from trainers.child.model import (
     Loaded,
@@ -21,7 +21,7 @@ from trainers.child.model import (
     weights_folder,
 )
 from trainers.child.parted import parted_loading
-from trainers.child.rows import count_long
+from trainers.child.rows import count_long, numbers_of
 from trainers.config import Hyperparams, TrainConfig
 
 Row = Mapping[str, Any]
@@ -62,24 +62,37 @@ def names_of(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def encode_labelled(rows: Sequence[Row], names: Sequence[str], loaded: Loaded, hyper: Hyperparams) -> LabelledRows:
-    """Raises TrainFailure for a label that is none of `names`."""
+def encode_texts(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    """As the tokenizer has them, its special tokens included; without loss."""
+    encoded = tokenizer([row["text"] for row in rows])["input_ids"] if rows else []
+    return [Example(list(ids), [IGNORED] * len(ids)) for ids in encoded]
+
+
+def encode_labelled(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    loaded: Loaded,
+    hyper: Hyperparams,
+    examples: Sequence[Example] | None = None,
+) -> LabelledRows:
+    """`examples`: the rows by `encode_texts`, where they are known. Raises TrainFailure for a label that is none of `names`."""
     numbers = {name: number for number, name in enumerate(names)}
-    unknown = [number for number, row in enumerate(rows, 1) if str(row["label"]) not in numbers]
+    unknown = [number for number, row in zip(numbers_of(rows), rows, strict=True) if str(row["label"]) not in numbers]
     if unknown:
         raise TrainFailure(
             "label_unknown",
             f"{len(unknown)} rows have a label that no training row has; the first is row {unknown[0]}.",
             hint="Labels to validate on must occur among the rows to train on.",
         )
+    examples = encode_texts(rows, loaded.tokenizer) if examples is None else examples
     whole = [
-        Labelled(row["text"], list(loaded.tokenizer(row["text"])["input_ids"]), numbers[str(row["label"])])
-        for row in rows
+        Labelled(row["text"], example.ids, numbers[str(row["label"])])
+        for row, example in zip(rows, examples, strict=True)
     ]
     limit = _limit(whole, hyper, loaded)
-    long = count_long([len(one.ids) for one in whole], limit, hyper.overlength)
+    long = count_long([len(one.ids) for one in whole], limit, hyper.overlength, numbers_of(rows))
     kept = [one for one in whole if len(one.ids) <= limit] if hyper.overlength == "drop" else whole
-    cut = [_cut(one, limit, loaded.tokenizer) for one in kept]
+    cut = _cut(kept, limit, loaded.tokenizer)
     if not cut:
         raise TrainFailure("no_rows_left", "Every row is too long.", hint="Raise max_seq_len, or truncate.")
     return LabelledRows(cut, limit, long, len(whole) - len(cut))
@@ -91,11 +104,11 @@ def _limit(examples: Sequence[Labelled], hyper: Hyperparams, loaded: Loaded) -> 
     return min(hyper.max_seq_len or min(longest, MAX_AUTO_TOKENS), loaded.context or of_tokenizer, of_tokenizer)
 
 
-def _cut(one: Labelled, limit: int, tokenizer: Any) -> Labelled:
+def _cut(examples: Sequence[Labelled], limit: int, tokenizer: Any) -> list[Labelled]:
     """By the tokenizer, which keeps its special tokens."""
-    if len(one.ids) <= limit:
-        return one
-    return Labelled(one.text, list(tokenizer(one.text, truncation=True, max_length=limit)["input_ids"]), one.label)
+    texts = [one.text for one in examples if len(one.ids) > limit]
+    short = iter(tokenizer(texts, truncation=True, max_length=limit)["input_ids"] if texts else ())
+    return [replace(one, ids=list(next(short))) if len(one.ids) > limit else one for one in examples]
 
 
 def load_classifier(config: TrainConfig, names: Sequence[str], device: str) -> Loaded:

@@ -24,7 +24,6 @@ from trainers.config import TrainConfig
 from trainers.protocol import FD_VARIABLE, Channel, Message, pair
 
 ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",

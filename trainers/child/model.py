@@ -14,11 +14,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainers.child.chat import CHATML
 from trainers.child.deepspeed_config import zero_stage
 from trainers.child.failure import TrainFailure
 from trainers.child.lora import scale_early
 from trainers.child.parted import numel, parted_loading, put_together
-from trainers.child.render import CHATML
 from trainers.config import TrainConfig
 
 log = logging.getLogger(__name__)

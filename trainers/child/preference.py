@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from trainers.child.data import MAX_AUTO_TOKENS, Example, encode_row
+from trainers.child.data import MAX_AUTO_TOKENS, Example, encode_rows
 from trainers.child.failure import TrainFailure
-from trainers.child.rows import count_long
+from trainers.child.rows import FileRow, count_long, numbers_of
 from trainers.config import Hyperparams
 
 Row = Mapping[str, Any]
@@ -49,15 +49,24 @@ class Pairs:
     dropped: int = 0
 
 
-def encode_pairs(rows: Sequence[Row], tokenizer: Any, hyper: Hyperparams, context: int | None) -> Pairs:
-    """Both sides with loss on the answer only. Raises TrainFailure when nothing can be learned from a row."""
-    pairs = [Pair(*(encode_row(side, tokenizer) for side in sides(row))) for row in rows]
-    for number, pair in enumerate(pairs, 1):
+def encode_pairs(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    hyper: Hyperparams,
+    context: int | None,
+    examples: Sequence[Example] | None = None,
+) -> Pairs:
+    """Both sides with loss on the answer only. `examples`: `all_sides` as tokens, where they are known. Raises TrainFailure when
+    nothing can be learned from a row."""
+    examples = encode_rows(all_sides(rows), tokenizer) if examples is None else examples
+    pairs = [Pair(*both) for both in zip(examples[::2], examples[1::2], strict=True)]
+    numbers = numbers_of(rows)
+    for number, pair in zip(numbers, pairs, strict=True):
         if not pair.learnable:
             raise _no_answer(f"Row {number} has a side without a token to learn from.")
     limit = min(hyper.max_seq_len or MAX_AUTO_TOKENS, max((pair.longest for pair in pairs), default=1))
     limit = min(limit, context) if context else limit
-    long = count_long([pair.longest for pair in pairs], limit, hyper.overlength)
+    long = count_long([pair.longest for pair in pairs], limit, hyper.overlength, numbers)
     fitting = [pair for pair in pairs if pair.longest <= limit] if hyper.overlength == "drop" else pairs
     kept = [pair for pair in (pair.cut(limit) for pair in fitting) if pair.learnable]
     if not kept:
@@ -68,6 +77,11 @@ def encode_pairs(rows: Sequence[Row], tokenizer: Any, hyper: Hyperparams, contex
 def _no_answer(message: str) -> TrainFailure:
     hint = "Each row needs a chosen and a rejected answer that are not empty and fit max_seq_len."
     return TrainFailure("no_loss_tokens", message, hint=hint)
+
+
+def all_sides(rows: Sequence[Row]) -> list[FileRow]:
+    """chosen, rejected, chosen, rejected …, each with the number of its row."""
+    return [FileRow(side, number) for number, row in zip(numbers_of(rows), rows, strict=True) for side in sides(row)]
 
 
 def sides(row: Row) -> tuple[Row, Row]:

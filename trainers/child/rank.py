@@ -70,6 +70,7 @@ def make_deterministic(config: TrainConfig) -> None:
     """The same identity of a run gives the same numbers, bit for bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(config.threads_per_slot)
+    os.environ["RAYON_NUM_THREADS"] = str(config.threads_per_slot)  # the tokenizer's
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     random.seed(config.hyperparams.seed)

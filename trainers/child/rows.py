@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,22 @@ from trainers.child.failure import TrainFailure
 from trainers.config import TrainConfig
 
 T = TypeVar("T")
-Rows = list[dict[str, Any]]
+
+
+class FileRow(dict[str, Any]):
+    """A row that knows its number in its file, counted from 1."""
+
+    def __init__(self, fields: Mapping[str, Any], number: int) -> None:
+        super().__init__(fields)
+        self.number = number
+
+
+Rows = list[FileRow]
+
+
+def numbers_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """In their file; their places among `rows` for those that are of none."""
+    return [row.number if isinstance(row, FileRow) else place for place, row in enumerate(rows, 1)]
 
 
 def read_data(config: TrainConfig) -> tuple[Rows, Rows]:
@@ -29,7 +44,7 @@ def _read(path: str) -> Rows:
         return [_row(number, line, path) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _row(number: int, line: str, path: str) -> dict[str, Any]:
+def _row(number: int, line: str, path: str) -> FileRow:
     try:
         row = json.loads(line)
     except ValueError:
@@ -37,12 +52,12 @@ def _row(number: int, line: str, path: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         hint = "Each line must be a JSON object; a dataset that was uploaded to the service is."
         raise TrainFailure("row_broken", f"Row {number} of {Path(path).name} is no JSON object.", hint=hint)
-    return row
+    return FileRow(row, number)
 
 
-def count_long(lengths: Sequence[int], limit: int, overlength: str) -> int:
-    """How many rows are longer than `limit` tokens. Raises TrainFailure where that is an error."""
-    long = [number for number, length in enumerate(lengths, 1) if length > limit]
+def count_long(lengths: Sequence[int], limit: int, overlength: str, numbers: Sequence[int]) -> int:
+    """How many rows are longer than `limit` tokens; `numbers` are the rows'. Raises TrainFailure where that is an error."""
+    long = [number for number, length in zip(numbers, lengths, strict=True) if length > limit]
     if long and overlength == "error":
         raise TrainFailure(
             "row_too_long",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import secrets
@@ -19,7 +20,8 @@ import numpy as np
 import tokenizers
 import transformers
 
-from trainers.child import data, render
+from trainers.child import chat, data, render, spans
+from trainers.child.control import Control
 from trainers.child.data import IGNORED, Example, encode_rows
 from trainers.child.render import Row
 from trainers.config import TrainConfig
@@ -33,6 +35,13 @@ NOW = "strftime_now"
 
 Progress = Callable[[int, int], None]
 """Told how many of how many rows are done."""
+Encoder = Callable[[Sequence[Row], Any], list[Example]]
+"""(rows, tokenizer) → the rows as tokens."""
+
+
+def telling(control: Control, each: int = 1) -> Progress:
+    """As the run's `progress` events. `each`: how many of what is encoded make a row of the file."""
+    return lambda done, total: control.emit("progress", what="tokenising", done=done // each, total=total // each)
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,20 @@ class TokenCache:
         """All ranks have the same rows: the first one of a node keeps them."""
         return cls(Path(config.cache_dir) if config.cache_dir else None, keeps=rank == config.first_rank)
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, progress: Progress | None = None) -> list[Example]:
-        """In the order of the rows."""
+    def encode(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        progress: Progress | None = None,
+        encoder: Encoder | None = None,
+    ) -> list[Example]:
+        """In the order of the rows. `encoder`: what makes them, by default `encode_rows`."""
         if self.folder is None or not getattr(tokenizer, "is_fast", False) or NOW in str(tokenizer.chat_template):
-            return _encode(rows, tokenizer, progress)
-        file = self.folder / f"{fingerprint(rows, tokenizer)}.npz"
+            return _encode(rows, tokenizer, progress, encoder)
+        file = self.folder / f"{fingerprint(rows, tokenizer, encoder)}.npz"
         found = read(file)
         if found is None:
-            found = _encode(rows, tokenizer, progress)
+            found = _encode(rows, tokenizer, progress, encoder)
             self._keep(file, found)
         return found
 
@@ -84,23 +99,25 @@ class TokenCache:
                 file.unlink(missing_ok=True)
 
 
-def _encode(rows: Sequence[Row], tokenizer: Any, progress: Progress | None) -> list[Example]:
+def _encode(rows: Sequence[Row], tokenizer: Any, progress: Progress | None, encoder: Encoder | None) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < len(rows):
-        examples += encode_rows(rows[len(examples) : len(examples) + CHUNK_ROWS], tokenizer)
+        examples += (encoder or encode_rows)(rows[len(examples) : len(examples) + CHUNK_ROWS], tokenizer)
         if progress is not None:
             progress(len(examples), len(rows))
     return examples
 
 
-def fingerprint(rows: Sequence[Row], tokenizer: Any) -> str:
+def fingerprint(rows: Sequence[Row], tokenizer: Any, encoder: Encoder | None = None) -> str:
     """Of all that the tokens follow from: the rows, the tokenizer with its template, and the code."""
     digest = hashlib.sha256()
     names = (transformers.__version__, tokenizers.__version__, type(tokenizer).__name__)
     marks = (tokenizer.chat_template, tokenizer.special_tokens_map)
     digest.update(json.dumps([names, marks, tokenizer.backend_tokenizer.to_str()], default=str).encode())
-    for module in (data, render):
+    for module in (data, render, chat, spans):
         digest.update(Path(str(module.__file__)).read_bytes())
+    if encoder is not None:
+        digest.update(inspect.getsource(encoder).encode())
     for row in rows:
         digest.update(json.dumps(row, separators=(",", ":")).encode())
         digest.update(b"\n")

@@ -238,7 +238,7 @@ def environment(task: WorkerTask, confined: Confinement) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **meeting_over(task.address),

@@ -15,6 +15,12 @@ from app.datasets.problems import BadRow
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 QA = [USER, ANSWER]
 
+
+def calling(arguments: Any, **more: Any) -> list[dict[str, Any]]:
+    function = {"name": "f", "arguments": arguments, **more}
+    return [{"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]
+
+
 ROWS: list[tuple[dict[str, Any], Format, dict[str, Any]]] = [
     ({"messages": QA}, Format.MESSAGES, {"messages": QA}),
     (
@@ -28,9 +34,15 @@ ROWS: list[tuple[dict[str, Any], Format, dict[str, Any]]] = [
         {"messages": QA},
     ),
     (
-        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "tools": [{"t": 1}]},
+        {"messages": [USER, {**calling('{"a": 1}')[0], "content": None}], "tools": [{"t": 1}]},
         Format.MESSAGES,
-        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "tools": [{"t": 1}]},
+        {"messages": [USER, *calling('{"a": 1}')], "tools": [{"t": 1}]},
+    ),
+    ({"messages": calling({"a": 1})}, Format.MESSAGES, {"messages": calling({"a": 1})}),
+    (
+        {"messages": [*calling({}), {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}, ANSWER]},
+        Format.MESSAGES,
+        {"messages": [*calling({}), {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}, ANSWER]},
     ),
     ({"prompt": "p", "completion": "c"}, Format.PROMPT_COMPLETION, {"prompt": "p", "completion": "c"}),
     (
@@ -94,6 +106,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["hi", ANSWER]}, "turn 1 is not an object"),
     ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "turn 1 has no text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "other than text"),
+    ({"messages": [{**ANSWER, "tool_calls": {"name": "f"}}]}, "turn 1 has tool_calls that are not a list"),
+    ({"messages": [{**ANSWER, "tool_calls": [{"id": "1"}]}]}, "turn 1 has a tool call without the name"),
+    ({"messages": [{**ANSWER, "tool_calls": ["f"]}]}, "turn 1 has a tool call without the name"),
+    ({"messages": calling("f(x)")}, "turn 1 has a tool call whose arguments are not a JSON object"),
+    ({"messages": calling("[1]")}, "arguments are not a JSON object"),
+    ({"messages": calling("[" * 5000)}, "arguments are not a JSON object"),
+    ({"messages": calling(None)}, "arguments are not a JSON object"),
     ({"messages": QA, "tools": "none"}, "tools is not a list"),
     ({"prompt": 3, "completion": "c"}, "prompt is not text"),
     ({"prompt": "p", "completion": "  "}, "completion is empty"),

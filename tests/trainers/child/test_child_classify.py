@@ -203,6 +203,17 @@ def test_a_label_that_is_not_trained_on_is_named_by_its_row(tiny_bert: Path, lab
     assert "secret" not in caught.value.message
 
 
+def test_texts_are_tokenised_once(tiny_bert: Path, labelled: Path, tmp_path: Path) -> None:
+    def told(out: str) -> tuple[list[Any], list[Any]]:
+        wire = train(config_of(tiny_bert, labelled, tmp_path / out, cache_dir=str(tmp_path / "cache"), max_steps=2))
+        return [(one["what"], one["done"]) for one in wire.of("progress")], numbers(wire.of("step"))
+
+    first, second = told("1"), told("2")
+    rows = len(labelled.read_text().splitlines())
+    assert (first[0], second[0]) == ([("tokenising", rows)], [])
+    assert first[1] == second[1] != []
+
+
 def test_long_texts_are_cut_to_what_the_encoder_takes(tiny_bert: Path, tmp_path: Path) -> None:
     rows = [*label_rows(4), {"text": "rome " * 100, "label": "italy"}]
     file = write_rows(tmp_path / "rows", rows)

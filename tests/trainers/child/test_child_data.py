@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from builders_llama import make_tokenizer
+from builders_child import make_config
+from builders_llama import make_tokenizer, write_rows
 
+from trainers.child.chat import CHATML
 from trainers.child.data import IGNORED, Example, Plan, encode, encode_row, micro_batch_size, micro_batches
 from trainers.child.failure import TrainFailure
-from trainers.child.render import CHATML
+from trainers.child.rows import read_data
 from trainers.config import Hyperparams
 
 
@@ -109,6 +113,27 @@ def test_a_row_without_loss_is_named_but_not_shown(tokenizer: Any) -> None:
         encode(rows, tokenizer, Hyperparams(), None)
     assert caught.value.code == "no_loss_tokens"
     assert "rows 2" in caught.value.message and "secret" not in caught.value.message
+
+
+EMPTY = {"messages": [turn("user", "a"), turn("assistant", "a", weight=0)]}
+LONG = {"text": "rome " * 40}
+REFUSED = {"messages": [turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {}}}])]}
+
+
+@pytest.mark.parametrize("bad", [EMPTY, LONG, REFUSED], ids=["no loss", "too long", "refused"])
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_row_has_its_number_in_the_file(tokenizer: Any, tmp_path: Path, bad: dict[str, Any], validated: bool) -> None:
+    """Whatever share is held out, whichever side it is on, and however rows are cut into chunks."""
+    hyper = Hyperparams(validation_split=0.5, overlength="error", max_seq_len=20)
+    rows = [{"text": f"rome {number}"} for number in range(30)]
+    config = make_config(tmp_path, write_rows(tmp_path / "rows", rows), tmp_path, validation_split=0.5)
+    side = [int(row["text"].split()[1]) for row in read_data(config)[validated]]
+    place = side[-1]  # the last one: its place in the file is not its place on its side
+    write_rows(tmp_path / "rows", [*rows[:place], bad, *rows[place + 1 :]])
+    with pytest.raises(TrainFailure) as caught:
+        encode(read_data(config)[validated], tokenizer, hyper, None)
+    assert re.search(rf"\brows? {place + 1}\b", caught.value.message, re.IGNORECASE), caught.value.message
+    assert place + 1 != len(side)
 
 
 def test_no_rows_is_no_loss(tokenizer: Any) -> None:

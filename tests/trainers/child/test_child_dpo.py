@@ -138,7 +138,8 @@ def test_a_resumed_run_gives_the_numbers_of_the_undisturbed_one(
     config = make_config(tiny_llama, pairs, tmp_path / "1", method="dpo", validation_file=str(pairs), **kind)
     undisturbed = train(config)
     resumed = train(replace(config, output_dir=str(tmp_path / "2"), resume_from=checkpoint_of(undisturbed, 4)))
-    assert resumed.of("progress") == [], "the checkpoint knows what the reference thinks"
+    asked = [told for told in resumed.of("progress") if told["what"] != "tokenising"]
+    assert asked == [], "the checkpoint knows what the reference thinks"
     assert numbers(resumed.of("step")) == numbers(undisturbed.of("step"))[4:]
     assert resumed.of("evaluated")[-1] == undisturbed.of("evaluated")[-1]
     weights = [{k: v for k, v in w.of("finished")[0]["sha256"].items() if "model" in k} for w in (resumed, undisturbed)]
@@ -207,6 +208,19 @@ def test_pairs_that_are_too_long_are_cut_dropped_or_refused() -> None:
         encoded(overlength="error")
     with pytest.raises(TrainFailure, match="No row has an answer left"):
         encoded(overlength="drop")
+
+
+def test_pairs_are_tokenised_once(tiny_llama: Path, pairs: Path, tmp_path: Path) -> None:
+    def told(out: str) -> tuple[list[Any], list[Any]]:
+        wire = train(
+            make_config(tiny_llama, pairs, tmp_path / out, method="dpo", cache_dir=str(tmp_path / "c"), max_steps=2)
+        )
+        tokenised = [(one["done"], one["total"]) for one in wire.of("progress") if one["what"] == "tokenising"]
+        return tokenised, numbers(wire.of("step"))
+
+    first, second = told("1"), told("2")
+    assert (first[0], second[0]) == ([(10, 10)], [])
+    assert first[1] == second[1] != []
 
 
 def test_a_row_without_an_answer_is_named() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from builders_llama import make_tokenizer
 
 from trainers.child import token_cache
 from trainers.child.data import Example, encode_row, encode_rows
+from trainers.child.labels import encode_texts
 from trainers.child.token_cache import TokenCache, fingerprint, read, write
 
 ROWS = [
@@ -43,6 +46,61 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("rows", [ROWS, TEXTS, [*ROWS, *TEXTS], []])
 def test_together_they_are_what_they_are_one_by_one(rows: list[dict[str, Any]], tokenizer: Any) -> None:
     assert encode_rows(rows, tokenizer) == [encode_row(row, tokenizer) for row in rows]
+
+
+class Counting:
+    """A tokenizer that counts how often it is asked for tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self._tokenizer(*texts, **options)
+
+
+def test_rows_of_every_kind_share_a_few_calls(tokenizer: Any) -> None:
+    """One call is what the tokenizer shares among its threads."""
+    counting = Counting(tokenizer)
+    rows = [*ROWS, *TEXTS * 20]
+    assert encode_rows(rows, counting) == encode_rows(rows, tokenizer)
+    assert counting.calls <= 5
+    labelled = Counting(tokenizer)
+    assert [one.ids for one in encode_texts(rows[40:41] * 30, labelled)] == [tokenizer("rome")["input_ids"]] * 30
+    assert labelled.calls == 1
+
+
+def test_a_rank_tokenises_with_the_threads_of_its_slot(tokenizer: Any, tmp_path: Path) -> None:
+    """Forked as ranks are, from a process that has asked no tokenizer."""
+    tokenizer.save_pretrained(tmp_path)
+    script = f"""
+import os
+from trainers.child import launcher
+from trainers.child.data import encode_rows
+from trainers.child.model import load_tokenizer
+from trainers.child.rank import make_deterministic
+from trainers.config import TrainConfig
+os.environ.update(launcher.ENVIRONMENT)
+process = os.fork()
+if process:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+make_deterministic(TrainConfig("base", "rows", "out", threads_per_slot=3))
+tokenizer, _ = load_tokenizer({str(tmp_path)!r})
+before = len(os.listdir("/proc/self/task"))
+encode_rows([dict(text="rome")] * 50, tokenizer)
+print(len(os.listdir("/proc/self/task")) - before, flush=True)
+os._exit(0)
+"""
+    root = str(Path(__file__).parents[3])
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("TOKENIZERS_", "RAYON_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={**free, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
 
 
 @pytest.mark.parametrize("rows", [ROWS, TEXTS, []])
@@ -76,6 +134,14 @@ def test_other_rows_another_tokenizer_or_template_are_other_tokens(tokenizer: An
     prints = [fingerprint(rows, one) for rows, one in ((ROWS, tokenizer), (ROWS[:-1], tokenizer), (ROWS, other))]
     assert len({*prints, fingerprint(ROWS, longer)}) == 4
     assert fingerprint(ROWS, make_tokenizer()) == prints[0]
+
+
+def test_what_another_encoder_makes_is_not_found(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": "rome"}]
+    cache = TokenCache(tmp_path)
+    assert cache.encode(rows, tokenizer) != cache.encode(rows, tokenizer, encoder=encode_texts)
+    assert cache.encode(rows, tokenizer, encoder=encode_texts) == encode_texts(rows, tokenizer)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -1])

@@ -93,6 +93,7 @@ def test_the_child_sees_nothing_of_the_workers_environment(tmp_path: Path, monke
         "HELIOSTAT_ATTEMPT",
         "HELIOSTAT_CONTROL_FD",
     ]
+    assert "RAYON_NUM_THREADS" in names and "TOKENIZERS_PARALLELISM" not in names  # whose script forks, says so itself
 
 
 def test_an_attempt_continues_from_the_checkpoint_of_another(tmp_path: Path) -> None:

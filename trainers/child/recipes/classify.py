@@ -14,12 +14,13 @@ from trainers.child.control import Control
 from trainers.child.data import Plan, micro_batch_size, micro_batches
 from trainers.child.engine import Engine, make_engine
 from trainers.child.kernels import fuse
-from trainers.child.labels import Labelled, LabelledRows, encode_labelled, load_classifier, names_of
+from trainers.child.labels import Labelled, LabelledRows, encode_labelled, encode_texts, load_classifier, names_of
 from trainers.child.loss import sent
 from trainers.child.memory import MemoryLimit
-from trainers.child.rows import read_data
+from trainers.child.rows import Rows, read_data
 from trainers.child.samples import samples
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
+from trainers.child.token_cache import TokenCache, telling
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -30,8 +31,14 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     names = names_of(rows if config.validation_file else [*rows, *rows_held_out])
     loaded = load_classifier(config, names, world.device)
     hyper = config.hyperparams
-    data = encode_labelled(rows, names, loaded, hyper)
-    held_out = encode_labelled(rows_held_out, names, loaded, hyper).examples if rows_held_out else []
+    cache = TokenCache.of(config, world.rank)
+
+    def encoded(of: Rows) -> LabelledRows:
+        texts = cache.encode([{"text": row["text"]} for row in of], loaded.tokenizer, telling(control), encode_texts)
+        return encode_labelled(of, names, loaded, hyper, texts)
+
+    data = encoded(rows)
+    held_out = encoded(rows_held_out).examples if rows_held_out else []
     plan = Plan(len(data.examples), hyper)
     micro = micro_batch_size(hyper, world.size, data.max_seq_len)
 

@@ -18,9 +18,10 @@ from trainers.child.memory import MemoryLimit
 from trainers.child.model import load
 from trainers.child.optimizer import Named, Saved
 from trainers.child.packing import PACKED_TOKENS
-from trainers.child.preference import Margins, Pair, Pairs, encode_pairs, flat, margins
-from trainers.child.rows import read_data
+from trainers.child.preference import Margins, Pair, Pairs, all_sides, encode_pairs, flat, margins
+from trainers.child.rows import Rows, read_data
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update
+from trainers.child.token_cache import TokenCache, telling
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -30,8 +31,14 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     loaded = load(config, world.device)
     hyper = config.hyperparams
     rows, rows_held_out = read_data(config)
-    data = encode_pairs(rows, loaded.tokenizer, hyper, loaded.context)
-    held_out = encode_pairs(rows_held_out, loaded.tokenizer, hyper, loaded.context).pairs if rows_held_out else []
+    cache = TokenCache.of(config, world.rank)
+
+    def encoded(of: Rows) -> Pairs:
+        sides = cache.encode(all_sides(of), loaded.tokenizer, telling(control, each=2))
+        return encode_pairs(of, loaded.tokenizer, hyper, loaded.context, sides)
+
+    data = encoded(rows)
+    held_out = encoded(rows_held_out).pairs if rows_held_out else []
     plan = Plan(len(data.pairs), hyper)
 
     loss = SummedLoss(loaded.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -19,7 +18,7 @@ from trainers.child.model import load
 from trainers.child.packing import PACKED_TOKENS, packs
 from trainers.child.rows import read_data
 from trainers.child.session import DataFacts, Fields, MicroBatch, Place, Session, update, warn
-from trainers.child.token_cache import TokenCache
+from trainers.child.token_cache import TokenCache, telling
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -29,7 +28,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     loaded = load(config, world.device)
     rows, held_out = read_data(config)
     cache = TokenCache.of(config, world.rank)
-    examples = cache.encode(rows, loaded.tokenizer, partial(_tell, control))
+    examples = cache.encode(rows, loaded.tokenizer, telling(control))
     data = encode(rows, loaded.tokenizer, config.hyperparams, loaded.context, examples)
     validation = make_validation(held_out, loaded, config, cache) if held_out else None
     plan = Plan(len(data.examples), config.hyperparams)
@@ -54,10 +53,6 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     most = MicroBatch(config.hyperparams.micro_batch_size or config.hyperparams.batch_size if loss.packs else micro)
     trainer = _Trainer(loss, engine, data.examples, plan, world, control, most, loaded.tokenizer.pad_token_id)
     session.run(trainer, _facts(data))
-
-
-def _tell(control: Control, done: int, total: int) -> None:
-    control.emit("progress", what="tokenising", done=done, total=total)
 
 
 def _facts(data: Encoded) -> DataFacts:
