@@ -95,7 +95,7 @@ def test_a_disk_without_room_for_the_model_keeps_the_last_checkpoint(
 def test_who_dies_while_it_deletes_leaves_no_half_checkpoint_under_its_name(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(make_config(tiny_llama, tmp_path, tmp_path, keep_checkpoints=1), World(), "", "fp32")
+    store = Store(make_config(tiny_llama, tmp_path, tmp_path, keep_checkpoints=1), World(), "", "fp32", "torch")
     for step in (1, 2):
         (store.folder / f"step-{step:08d}").mkdir(parents=True)
 

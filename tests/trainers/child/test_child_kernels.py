@@ -107,9 +107,9 @@ def test_every_family_computes_the_same(on_cpu: dict[str, str]) -> None:
     "fields",
     [
         {"training_type": "lora"},
-        {"training_type": "full", "gradient_checkpointing": True},
+        pytest.param({"training_type": "full", "gradient_checkpointing": True}, marks=pytest.mark.integration),
         {"training_type": "full", "precision": "bf16"},
-        {"method": "dpo"},
+        pytest.param({"method": "dpo"}, marks=pytest.mark.integration),
         {"task": "sequence_classification"},
     ],
     ids=["lora", "full", "bf16", "dpo", "classification"],
