@@ -143,18 +143,6 @@ def check_winners(packages: Sequence[Linked], order: Callable[[], Sequence[str]]
             raise NotAlike(lost[0])
 
 
-def check_folders(packages: Sequence[Linked]) -> None:
-    """Whether no path is one package's file (or link: to anywhere) and another's folder, for what is linked there follows links.
-    Raises NotAlike."""
-    names = {name for package in packages for name in package.names}
-    folders: set[str] = set()
-    for name in names:
-        while (name := name.rpartition("/")[0]) and name not in folders:
-            folders.add(name)
-    if both := names & folders:
-        raise NotAlike(min(both))
-
-
 def _shared(package: Linked, byte_code: Path) -> Iterator[str]:
     """Files that are the same in every prefix."""
     yield from package.names - set(package.rewritten)
@@ -221,7 +209,8 @@ def _write_anew(name: str, sha256: str, places: tuple[Path, Path]) -> list[Any]:
     source, target = places
     old, new = source / name, target / name
     contents, status = old.read_bytes(), old.lstat()
-    if hashlib.sha256(contents).hexdigest() != sha256 or len(bytes(source)) != len(bytes(target)):
+    through_link = new.parent.resolve() != (target.resolve() / name).parent
+    if through_link or hashlib.sha256(contents).hexdigest() != sha256 or len(bytes(source)) != len(bytes(target)):
         raise NotAlike(name)
     contents = contents.replace(bytes(source), bytes(target))
     new.parent.mkdir(parents=True, exist_ok=True)

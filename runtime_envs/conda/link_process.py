@@ -13,6 +13,8 @@ Names = dict[str, "list[int] | None"]
 
 
 def link(names: Names, source: str, target: str) -> str | None:
+    if os.path.realpath(target) != target:
+        return ""  # a package that came before has a link there, to anywhere
     make_folder(target)
     here, there = (os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for folder in (source, target))
     for name, expected in names.items():
@@ -39,9 +41,10 @@ def make_folder(folder: str) -> None:
 def main() -> None:
     question = json.load(sys.stdin)
     answer: dict[str, object] = {}
+    target = os.path.realpath(question["target"])
     try:
         for folder, names in question["folders"].items():
-            changed = link(names, f"{question['source']}/{folder}", f"{question['target']}/{folder}")
+            changed = link(names, f"{question['source']}/{folder}", os.path.normpath(f"{target}/{folder}"))
             if changed is not None:
                 answer = {"changed": f"{folder}/{changed}"}
                 break

@@ -20,7 +20,7 @@ import orjson
 from runtime_envs.adopt import META, adopt
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage, pixi_on
 from runtime_envs.conda.bytecode import Compiler, Hashes, byte_code_name, compile_files, link_byte_code
-from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_folders, check_winners, nearest, pairs, read_source
+from runtime_envs.conda.clone import PYTHON, NotAlike, Source, check_winners, nearest, pairs, read_source
 from runtime_envs.conda.engine import Engine
 from runtime_envs.conda.fetch import DOWNLOADS, fetch_packages
 from runtime_envs.conda.lock import CondaLock, read_conda_lock
@@ -154,7 +154,6 @@ class CondaEnvironments:
         packages = [*own, *kept.values()]
         _check_interpreter(site, packages, taken)
         if source:
-            check_folders(packages)
             check_winners(packages, lambda: _order(site, engine))
         with site.watch.stage("byte_code"):
             hashes = self._compile(site, packages, own, staged)
