@@ -19,6 +19,7 @@ from runtime_envs.bundles.on_node import Fetch, no_storage
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.lock import is_conda
 from runtime_envs.conda.materialize import CondaEnvironments
+from runtime_envs.conda.prefix import META
 from runtime_envs.conda.repair import Repaired, Site, repair_files
 from runtime_envs.conda.solve import CondaPlaces, solve_conda
 from runtime_envs.errors import CHECK_FAILED, DAMAGED, DISK_FULL, NOT_READY, EnvironmentProblem
@@ -137,9 +138,7 @@ class Environments:
                 home, [LOCK, *damaged], "It was removed; it is made again when a job needs it."
             ) from error
         was = _inodes(home, damaged)
-        told_wrong = any(
-            name == MANIFEST or name.startswith(f"{META}/") for name in damaged
-        )  # of what would be put back
+        told_wrong = any(name == MANIFEST or name.startswith(f"{META}/") for name in damaged)  # what would be put back
         done = self._file_by_file(home, damaged) if is_conda(lock) and not told_wrong else None
         if done is None or done.left:
             self._again(fingerprint, lock, damaged)
@@ -151,7 +150,7 @@ class Environments:
         return Repaired(tuple(sorted([*damaged, *touched])), tuple(sorted(hit)), ())
 
     def _file_by_file(self, home: Path, damaged: Sequence[str]) -> Repaired | None:
-        """None: what says which package a file is of is damaged itself."""
+        """None: what says which package a file is of cannot be read."""
         with caches_kept(self._root), held(lock_file(self._root, home.name), LOCK_TIMEOUT_S) as lock_fd:
             try:
                 return repair_files(Site(self._root, home, lock_fd), damaged)
