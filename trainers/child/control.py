@@ -17,8 +17,8 @@ from trainers.child.world import World
 from trainers.protocol import Message
 
 GO_ON, CHECKPOINT, PARK, STOP = range(4)
-PROGRESS_S = 5.0
-"""Between two words about the same long pass."""
+PROGRESS_S = 60.0
+"""Without a word, and a pass is one that takes long."""
 MAX_UNSAVED = 2
 """So many checkpoints lie here, and nobody knows whether they are stored, before no further one is due."""
 MOST_OF_TIME = 0.1
@@ -87,14 +87,13 @@ class Control:
 
     def emit(self, type: str, **fields: Any) -> None:
         """A message to the worker, from rank 0 only."""
+        self._told_at = self._clock()
         if self._world.rank == 0:
             self._wire.send(type, **fields)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Of a pass that may take long, from within it, as often as one likes: so that it is not taken for one that hangs."""
-        now = self._clock()
-        if now - self._told_at >= PROGRESS_S:
-            self._told_at = now
+        if self._clock() - self._told_at >= PROGRESS_S:
             self.emit("progress", what=what, done=done, total=total)
 
     @contextlib.contextmanager

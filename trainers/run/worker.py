@@ -34,7 +34,7 @@ _LISTEN_S = 0.5
 _FIRST_RELAY_S = 0.05
 _LEAVE_S = 10.0
 _UPLOAD_TRIES = 4
-_PROGRESS_S = 10.0
+_PROGRESS_S = 60.0
 """Between two words about the same upload."""
 _SUPERSEDED = "superseded"
 _OF_COMPANIONS = ("hello", "log", "failed")

@@ -9,7 +9,7 @@ from builders_child import Recorder, make_config, numbers
 from builders_methods import train
 from waiting import until
 
-from trainers.child.control import MAX_UNSAVED, MOST_OF_TIME, Actions, Control
+from trainers.child.control import MAX_UNSAVED, MOST_OF_TIME, PROGRESS_S, Actions, Control
 from trainers.child.custom.course import Course
 from trainers.child.custom.kept import Custody, Position
 from trainers.child.main import Printer, environment
@@ -84,6 +84,19 @@ def test_dear_checkpoints_become_rarer_and_say_so_once() -> None:
     assert run.now * MOST_OF_TIME >= run.cost_s * len(run.written[1:])
     (told,) = run.wire.of("log")
     assert "23.0 s" in told["message"] and "230 s" in told["message"]
+
+
+def test_only_what_is_silent_for_a_minute_is_long() -> None:
+    run = Run()
+    for _ in range(100):
+        run.now += 0.9 * PROGRESS_S
+        run.control.progress("step, forward passes", 1, 2)
+        run.control.emit("step", step=1)
+    assert run.wire.of("progress") == []
+    run.now += PROGRESS_S
+    run.control.progress("evaluation, rows", 1, 2)
+    run.control.progress("evaluation, rows", 2, 2)
+    assert [one["done"] for one in run.wire.of("progress")] == [1]
 
 
 def test_after_each_step_means_each_step() -> None:
