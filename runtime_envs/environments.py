@@ -19,7 +19,6 @@ from runtime_envs.bundles.on_node import Fetch, no_storage
 from runtime_envs.conda.bases import conda_bases
 from runtime_envs.conda.lock import is_conda
 from runtime_envs.conda.materialize import CondaEnvironments
-from runtime_envs.conda.prefix import META
 from runtime_envs.conda.repair import Repaired, Site, repair_files
 from runtime_envs.conda.solve import CondaPlaces, solve_conda
 from runtime_envs.errors import CHECK_FAILED, DAMAGED, DISK_FULL, NOT_READY, EnvironmentProblem

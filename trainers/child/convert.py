@@ -18,6 +18,7 @@ from typing import Any
 
 from trainers.child.chat import CHATML
 from trainers.child.failure import TrainFailure
+from trainers.child.outputs.pretokenizer import restore
 
 KEPT = (
     "config.json",
@@ -106,11 +107,13 @@ def _link_or_copy(file: Path, target: Path) -> None:
 def _from_gguf(path: Path, out: Path) -> None:
     """Dequantises; the tokenizer and the chat template come out of the file too."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        splits = GGUFReader(path).get_field("tokenizer.ggml.pre")
     except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
         hint = "transformers reads GGUF files of the common architectures; a Hugging Face folder of the model always works."
         raise _refused("gguf_unsupported", f"{path.name} cannot be read: {error}", hint) from error
@@ -121,6 +124,8 @@ def _from_gguf(path: Path, out: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if splits is not None:
+        restore(out, str(splits.contents()))
     for file in out.iterdir():
         file.chmod(0o644)  # safetensors makes its files readable by their owner only
 

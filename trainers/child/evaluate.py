@@ -107,7 +107,8 @@ class Evaluator:
 
     def _mean_loss(self, encoded: Encoded) -> float:
         examples = sorted(encoded.examples, key=lambda example: len(example.ids))
-        room = PACKED_TOKENS if self._loss.packs else TOKENS_PER_FORWARD
+        # logits that must exist whole are large: as few at a time as in training
+        room = TOKENS_PER_FORWARD if self._loss.splits and not self._loss.packs else PACKED_TOKENS
         size = max(1, min(MAX_BATCH, room // encoded.max_seq_len))
         batches = self._batches(len(examples), size, "evaluation, rows")
         total = sum(self._summed([examples[i] for i in batch]) for batch in batches)

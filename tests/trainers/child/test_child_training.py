@@ -14,6 +14,7 @@ from builders_child import Recorder, make_config, numbers
 from builders_llama import capital_rows, make_tiny_llama, write_rows
 from builders_methods import assert_same_weights, weights_of
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trainers.child import session
 from trainers.child.failure import TrainFailure
@@ -102,6 +103,33 @@ def test_rows_that_could_not_be_packed_take_as_many_tokens_as_packed_ones(
     monkeypatch.setattr(SummedLoss, "forward", watched)
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the capital of france is paris " * 40}] * 16)
     train(make_config(windowed, rows, tmp_path / "out", batch_size=16, max_steps=1, max_seq_len=160, packing=packing))
+    assert most // 2 < max(passes) <= most
+
+
+@pytest.mark.parametrize(("cap", "most"), [(0.01, PACKED_TOKENS), (None, 16 * 160)])
+def test_logits_that_must_exist_whole_do_so_for_few_tokens_of_an_evaluation(
+    cap: float | None, most: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen long rows at once would be gigabytes of them."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    config = Gemma2Config(
+        vocab_size=400, num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=cap, **sizes
+    )
+    model = shutil.copytree(tiny_llama, tmp_path / "gemma", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(model)
+    passes: list[int] = []
+    forward = SummedLoss.forward
+
+    def watched(loss: SummedLoss, piece: Piece, rows: int | None = None) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            passes.append(len(piece.ids) * len(piece.ids[0]))
+        return forward(loss, piece, rows)
+
+    monkeypatch.setattr(SummedLoss, "forward", watched)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the capital of france is paris " * 40}] * 16)
+    shape = {"max_steps": 1, "max_seq_len": 160, "packing": False, "batch_size": 1}
+    train(make_config(model, rows, tmp_path / "out", validation_file=str(rows), **shape))
     assert most // 2 < max(passes) <= most
 
 

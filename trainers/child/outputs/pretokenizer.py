@@ -55,6 +55,26 @@ def pretokenizer_of(described: Described) -> str:
     return name
 
 
+def restore(folder: Path, name: str) -> None:
+    """Gives the folder's tokenizer.json the rule of that name, where it is known: transformers reads tokens and merges out of a GGUF
+    file, but splits by GPT-2's rule."""
+    steps, whole = next((key for key, known in NAMES.items() if known == name), ((), False))
+    described: Dict[str, Any] = {**read_tokenizer(folder)}
+    if steps and described["model"].get("type") == "BPE":
+        described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [_step(one) for one in steps]}
+        described["model"]["ignore_merges"] = whole
+        (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+
+
+def _step(named: str) -> Dict[str, Any]:
+    """As `tokenizers` writes it; the other way round than `_steps`."""
+    if named in ("words", "bytes"):
+        return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": named == "words"}
+    if named == "digits":
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "Split", "pattern": {"Regex": named}, "behavior": "Isolated", "invert": False}
+
+
 def _steps(pre: Optional[Mapping[str, Any]]) -> List[str]:
     if pre is None:
         return []

@@ -17,9 +17,11 @@ from builders_llama import make_tiny_llama
 from fakes_driver import make_assignment
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from app.services.hyperparams import GGUF_MODELS
 from cluster.storage.objects import ObjectStore
+from trainers.child.convert import convert
 from trainers.child.failure import TrainFailure
 from trainers.child.outputs.__main__ import main
 from trainers.child.outputs.card import LINEAGE, Card, model_card
@@ -27,7 +29,8 @@ from trainers.child.outputs.curves import draw, write_events
 from trainers.child.outputs.forms import add_curves, require_forms
 from trainers.child.outputs.history import History, Journal, read_history
 from trainers.child.outputs.merged import merge
-from trainers.child.outputs.to_gguf import to_gguf
+from trainers.child.outputs.pretokenizer import pretokenizer_of, read_tokenizer
+from trainers.child.outputs.to_gguf import ARCHITECTURES, to_gguf
 from trainers.child.shards import INDEX, Shards
 from trainers.config import TrainConfig
 from trainers.run.preparing import lineage
@@ -170,6 +173,7 @@ def test_qwen_models_have_their_gguf_file_too(base: Path, tmp_path: Path, kind: 
     model.save_pretrained(folder)
     to_gguf(folder, tmp_path / "model.gguf", "f32")
     assert torch.allclose(logits_of(tmp_path, gguf_file="model.gguf"), logits_of(folder), atol=1e-5)
+    assert set(GGUF_MODELS) == set(ARCHITECTURES), "what the service accepts is what the child writes"
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,18 @@ def test_gguf_names_the_rule_by_which_the_tokenizer_splits(
 
     to_gguf(with_tokenizer(base, tmp_path / "model", **changes), tmp_path / "model.gguf", "f32")
     assert GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.ggml.pre").contents() == name
+
+
+@pytest.mark.parametrize("name", ["smollm", "llama-bpe"])
+def test_a_model_from_a_gguf_file_splits_text_as_before(base: Path, tmp_path: Path, name: str) -> None:
+    changes = next(changes for changes, known in PRETOKENIZERS if known == name)
+    model = with_tokenizer(base, tmp_path / "model", **changes)
+    to_gguf(model, tmp_path / "model.gguf", "f32")
+    convert(str(tmp_path / "model.gguf"), tmp_path / "again")
+    assert pretokenizer_of(read_tokenizer(tmp_path / "again")) == name
+    there, here = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tmp_path / "again", model))
+    for text in ("what is  7, or 1234567?\n\nWE'LL see", "  paris\t12"):
+        assert there.encode(text, add_special_tokens=False).tokens == here.encode(text, add_special_tokens=False).tokens
 
 
 @pytest.mark.parametrize(("changes", "reason"), NO_RULES)
