@@ -45,11 +45,11 @@ def render(row: Row, tokenizer: Any) -> Rendered:
 
 
 def question(row: Row, tokenizer: Any) -> Question | None:
-    """The row's last answer asked for anew; None for rows without one in words."""
+    """The row's last answer asked for anew; None for rows without one in words, or with nothing that asks for it."""
     if "prompt" in row and "completion" in row:
         return Question(str(row["prompt"]), str(row["completion"]), False)
     messages = row.get("messages") or []
-    last = messages[-1] if messages else {}
+    last = messages[-1] if len(messages) > 1 else {}
     if last.get("role") != "assistant" or not isinstance(last.get("content"), str) or last.get("tool_calls"):
         return None
     chat = Chat.of(row, tokenizer)

@@ -121,6 +121,7 @@ def test_our_own_template_shows_tools_and_their_answers() -> None:
 def test_a_call_is_not_asked_for_in_words() -> None:
     row = {"messages": [{"role": "user", "content": "weather"}, called(ARGUMENTS)]}
     assert question(row, tokenizer_of("qwen2.5")) is None
+    assert question({"messages": [{"role": "assistant", "content": "rain"}]}, tokenizer_of("qwen2.5")) is None
     asked = question(row_with(called(WRITTEN)), tokenizer_of("qwen2.5"))
     assert asked is not None and asked.expected == "rain" and WRITTEN in asked.prompt
 
