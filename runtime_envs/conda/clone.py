@@ -92,7 +92,7 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
     """The environment that has most of the lock's packages, with the same interpreter. Nobody removes or repairs it meanwhile."""
     wanted = pairs(lock.conda)
     (python,) = (pair for package, pair in zip(lock.conda, wanted, strict=True) if package.name == PYTHON)
-    there = {home: _packages_of(home) for home in (root / "envs").glob("*")}
+    there = {home: packages_of(home) for home in (root / "envs").glob("*")}
     alike = {home: len(packages.intersection(wanted)) for home, packages in there.items() if python in packages}
     with ExitStack() as stack:
         likest_first = sorted(alike, key=lambda home: alike[home], reverse=True)
@@ -101,13 +101,6 @@ def nearest(root: Path, lock: CondaLock) -> Iterator[Path | None]:
 
 def pairs(packages: Iterable[LockedConda]) -> list[Pair]:
     return [(package.filename, package.sha256) for package in packages]
-
-
-def _packages_of(home: Path) -> set[Pair]:
-    try:
-        return packages_of(home)
-    except (OSError, ValueError):
-        return set()  # unfinished, or being removed
 
 
 def _hold(stack: ExitStack, root: Path, home: Path) -> bool:

@@ -80,9 +80,12 @@ def cache_key(package: Pair) -> str:
 
 
 def packages_of(home: Path) -> set[Pair]:
-    """The conda packages of an environment that is ready, by its lock. Raises OSError and ValueError where there is none."""
-    lock = orjson.loads((home / LOCK).read_bytes())
-    return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
+    """The conda packages of an environment, by its lock; none where that is not there or cannot be read."""
+    try:
+        lock = orjson.loads((home / LOCK).read_bytes())
+        return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
+    except (OSError, ValueError):
+        return set()  # unfinished, or being removed
 
 
 def read_prefix(home: Path, packages: Collection[Pair]) -> list[Linked]:
