@@ -59,6 +59,7 @@ class JobDriver:
         self._broken = False
         self._clearing = False
         self._assignment: Assignment | None = None
+        self._refusal: HeliostatError | None = None
         self._tasks: dict[str, WorkerTask] = {}
         self._gang_over = threading.Event()
         self._gang_started = 0.0
@@ -152,8 +153,9 @@ class JobDriver:
         self._outcomes.put(Outcome(None, "another attempt owns the job"))
 
     def _on_refused(self, error: HeliostatError) -> None:
-        """The next attempt would bring the same value."""
+        """The next attempt would bring the same value. The training may have ended by then: see `_write_end`."""
         log.warning("attempt %s: a record was refused: %s", self._job, error)
+        self._refusal = error
         self._outcomes.put(_refused(error))
 
     def _on_broken(self) -> None:
@@ -285,6 +287,8 @@ class JobDriver:
                 log.info("the scratch of %s on %s was not cleared: %s", self._job, part.node, error.message)
 
     def _write_end(self, outcome: Outcome) -> None:
+        if outcome.artifact is not None and self._refusal is not None:  # written before this, in order
+            outcome = _refused(self._refusal)
         if outcome.artifact is None:
             if outcome.state is not None:
                 self._store.move(*self._job, outcome.state, reason=outcome.reason, error=outcome.error)

@@ -90,6 +90,7 @@ def weights_of(wire: Child | Recorder) -> bytes:
     return next(Path(wire.of("finished")[0]["artifact"]).glob("*.safetensors")).read_bytes()
 
 
+@pytest.mark.integration
 def test_every_family_computes_the_same(on_cpu: dict[str, str]) -> None:
     """In float32 to 1e-6, in bfloat16 to 2e-2; and as before, bit for bit, when the kernels are taken out."""
     command = [sys.executable, str(HERE / "kernels_compared.py")]
@@ -106,9 +107,9 @@ def test_every_family_computes_the_same(on_cpu: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"training_type": "lora"},
+        pytest.param({"training_type": "lora"}, marks=pytest.mark.integration),
         pytest.param({"training_type": "full", "gradient_checkpointing": True}, marks=pytest.mark.integration),
-        {"training_type": "full", "precision": "bf16"},
+        pytest.param({"training_type": "full", "precision": "bf16"}, marks=pytest.mark.integration),
         pytest.param({"method": "dpo"}, marks=pytest.mark.integration),
         {"task": "sequence_classification"},
     ],
@@ -137,6 +138,7 @@ def test_a_training_learns_what_it_does_with_torchs(
         ]
 
 
+@pytest.mark.integration
 def test_a_run_keeps_the_kernels_that_it_began_with(
     fused: Callable[[], Child], tiny_llama: Path, capitals: Path, tmp_path: Path
 ) -> None:

@@ -319,6 +319,19 @@ def test_what_the_database_refuses_fails_the_job_by_its_name(tmp_path: Path, met
     assert made.store.error == told.as_dict() and made.store.moves[-1][1] == told.message
 
 
+def test_what_it_refuses_after_the_training_fails_the_job_too(tmp_path: Path) -> None:
+    made = world(tmp_path)
+    made.store.refuses["record_steps"] = Unavailable("not now")
+
+    def back_later() -> None:
+        until(lambda: made.storage.exists(f"tenants/t1/models/{JOB}/a1/manifest.json"))
+        made.store.refuses["record_steps"] = InvalidRequest("a value cannot be stored", code="invalid_value")
+
+    run(made, back_later)
+    assert made.store.state is JobState.FAILED
+    assert made.store.error is not None and made.store.error["code"] == "invalid_value"
+
+
 def test_a_fenced_driver_ends_its_child_and_writes_nothing(tmp_path: Path) -> None:
     made = world(tmp_path, does.HANGS)
     seen: list[int] = []
