@@ -104,13 +104,14 @@ def test_every_family_computes_the_same(on_cpu: dict[str, str]) -> None:
         assert one["replaced"] == 2 and one["back"], name  # classes: norms and gated layers
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"training_type": "lora"}, marks=pytest.mark.integration),
-        pytest.param({"training_type": "full", "gradient_checkpointing": True}, marks=pytest.mark.integration),
-        pytest.param({"training_type": "full", "precision": "bf16"}, marks=pytest.mark.integration),
-        pytest.param({"method": "dpo"}, marks=pytest.mark.integration),
+        {"training_type": "lora"},
+        {"training_type": "full", "gradient_checkpointing": True},
+        {"training_type": "full", "precision": "bf16"},
+        {"method": "dpo"},
         {"task": "sequence_classification"},
     ],
     ids=["lora", "full", "bf16", "dpo", "classification"],
@@ -207,6 +208,7 @@ def test_other_architectures_keep_torchs(fused: Callable[[], Child], tmp_path: P
     assert told(child) == ["Torch's kernels are used: those of Liger are not used for bert models."]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
