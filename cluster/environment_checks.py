@@ -7,6 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -44,7 +45,8 @@ class EnvironmentChecks:
                 raise
             fingerprint = self._store.fingerprint(lock)
             self._keep(EnvironmentCheck(fingerprint, "quick", "damaged", error.message, time.time()))
-            self.check(fingerprint, repair=True)
+            with suppress(HeliostatError):  # what was not mended, or removed to be made again, is told or made by this:
+                self.check(fingerprint, repair=True)
             made = self._store.materialize(lock)
         if "verify" in made.stages:
             self._keep(EnvironmentCheck(made.fingerprint, "quick", "ok", "", time.time()))

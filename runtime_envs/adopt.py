@@ -20,6 +20,19 @@ INSTALLERS = ".lock"
 """uv's own, beside what it installs."""
 
 
+def fold(staged: Path, prefix: Path) -> None:
+    """Where the prefix has a folder under two names (lib64 is a link to lib), what wheels brought under the second goes to the first:
+    two may not be moved to one place. Raises as `adopt`."""
+    for link in prefix.iterdir():
+        here, twin = staged / link.name, staged / link.resolve().name
+        if not link.is_symlink() or link.resolve().parent != prefix.resolve() or not here.is_dir():
+            continue
+        if twin.is_dir():
+            adopt(here, twin)
+        else:
+            here.rename(twin)
+
+
 def adopt(staged: Path, prefix: Path) -> list[str]:
     """Moves the tree `staged` (gone afterwards) into `prefix`, both on one filesystem; the names of its files there. A file that
     another package has brought with the same contents stays that one's. Raises EnvironmentProblem (`environment_build_failed`)."""

@@ -106,16 +106,13 @@ def prune(root: Path) -> bool:
 
 def _used_packages(root: Path) -> set[Pair]:
     """Of a damaged lock nothing is known: what it names is fetched again when it is needed."""
-    used: set[Pair] = set()
-    for home in (root / "envs").glob("*"):
-        with suppress(OSError, ValueError):
-            used |= packages_of(home) if is_ready(home) else set()  # others are made anew in any case
-    return used
+    homes = (home for home in (root / "envs").glob("*") if is_ready(home))  # others are made anew in any case
+    return {package for home in homes for package in packages_of(home)}
 
 
 def sweep(root: Path) -> None:
     """Removes what those left who were killed. Does nothing while somebody builds."""
-    with suppress(TimeoutError), held(caches_lock(root), timeout_s=0):
+    with suppress(OSError), held(caches_lock(root), timeout_s=0):  # a full disk, too: a node starts all the same
         _sweep(root)
 
 

@@ -131,7 +131,9 @@ class Environments:
             return Repaired(tuple(touched), (fingerprint,) if touched else (), ())
         try:
             lock: dict[str, Any] = json.loads((home / LOCK).read_bytes())
-        except (OSError, ValueError) as error:  # nothing here knows any more what it is made of; a job brings its lock
+            lock["pip"]  # every lock has it
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            # nothing here knows any more what it is made of; a job brings its lock
             self._remove(fingerprint, damaged)
             raise damaged_problem(
                 home, [LOCK, *damaged], "It was removed; it is made again when a job needs it."

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime_envs.adopt import adopt
+from runtime_envs.adopt import adopt, fold
 from runtime_envs.bundles.on_node import Fetch, fetch_bundled, index_on, no_storage
 from runtime_envs.errors import BUILD_FAILED, DAMAGED, DISK_FULL, EnvironmentProblem
 from runtime_envs.fingerprint import FINGERPRINT, identity
@@ -170,6 +170,7 @@ def install_wheels(packages: Sequence[LockedPackage], prefix: Path, places: Whee
         )  # fmt: skip
     if result.returncode != 0:
         raise _install_failed(result.message[:3000])
+    fold(staged, prefix)
     return staged
 
 

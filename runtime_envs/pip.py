@@ -17,7 +17,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from platformdirs import user_cache_path
 
 from runtime_envs.base_wheels import base_wheels
-from runtime_envs.errors import INDEX_FAILED, UNSOLVABLE, EnvironmentProblem
+from runtime_envs.errors import INDEX_FAILED, INVALID, UNSOLVABLE, EnvironmentProblem
 from runtime_envs.host import HostBase, Installed
 from runtime_envs.index import PipIndex
 from runtime_envs.spec import Dependency
@@ -149,6 +149,10 @@ def _rank(filename: str, rank: dict[Any, int]) -> int | None:
 
 def _problem(result: UvResult, wanted: Sequence[Dependency], base: HostBase) -> EnvironmentProblem:
     reason = result.message.partition("cause: ")[2] or result.message
+    if "Couldn't parse requirement" in result.message:  # uv reads fewer versions than pip's own grammar
+        raise EnvironmentProblem(
+            INVALID, f"A pip line cannot be read: {reason}", hint="Write the version as the index names it."
+        )
     if "No solution found" not in result.message:
         return EnvironmentProblem(
             INDEX_FAILED, f"The packages could not be looked up: {reason}",

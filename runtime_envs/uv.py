@@ -74,8 +74,10 @@ def drop_unused(cache: Path) -> None:
     """Unpacked wheels of which no environment holds a file: `archive-v0/<id>/`, and first what leads there from
     `wheels-v8/…/<version>-<tags>` (a link, with files of that name beside it). Not while uv runs."""
     unused = {archive for archive in cache.glob("archive-v*/*") if not _has_linked_file(archive)}
-    for pointer in cache.glob("wheels-v*/**/*") if unused else ():
-        if pointer.is_symlink() and pointer.resolve() in unused:
+    for pointer in cache.glob("wheels-v*/**/*"):
+        if pointer.is_symlink() and (
+            pointer.resolve() in unused or not pointer.exists()
+        ):  # uv fails on one into nothing
             for one in pointer.parent.glob(f"{glob.escape(pointer.name)}*"):
                 one.unlink()
     for archive in unused:

@@ -85,5 +85,5 @@ class BundleService:
         for left in folder.iterdir():
             with suppress(FileNotFoundError):  # its owner was done, or another process is at it too
                 if time.time() - left.stat().st_mtime > LEFT_S:
-                    shutil.rmtree(left)
+                    shutil.rmtree(left, ignore_errors=True)
         return folder

@@ -84,8 +84,8 @@ def packages_of(home: Path) -> set[Pair]:
     try:
         lock = orjson.loads((home / LOCK).read_bytes())
         return {(package["filename"], package["sha256"]) for package in lock.get("conda", ())}
-    except (OSError, ValueError):
-        return set()  # unfinished, or being removed
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()  # unfinished, being removed, or damaged: its own check finds that
 
 
 def read_prefix(home: Path, packages: Collection[Pair]) -> list[Linked]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +127,8 @@ def _replace_everywhere(site: Site, what: tuple[str, Linked], good: Path) -> set
 
 def _sharing(root: Path, package: Linked) -> Iterable[Path]:
     for home in (root / "envs").glob("*"):
-        with suppress(OSError, ValueError):  # a damaged lock: its own check finds it
-            if is_ready(home) and (package.filename, package.sha256) in packages_of(home):
-                yield home
+        if is_ready(home) and (package.filename, package.sha256) in packages_of(home):
+            yield home
 
 
 def _same(path: Path, other: Path) -> bool:

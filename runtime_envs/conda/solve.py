@@ -126,7 +126,7 @@ def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], t
         raise EnvironmentProblem(
             BASE_UNAVAILABLE, f"The base `{base.name}` cannot be had here: {problem}",
             hint="The operator should check `channels` under `[environments]`, or add this Python to them.",
-            line=spec.python.line if spec.python else None, fixable_by="operator",
+            line=spec.python.line if spec.python else None, fixable_by="user" if spec.python else "operator",
         ) from None  # fmt: skip
 
 

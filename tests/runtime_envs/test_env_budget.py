@@ -15,7 +15,7 @@ from runtime_envs.environments import Environments
 from runtime_envs.flock import held
 from runtime_envs.index import PipIndex
 from runtime_envs.lock import solve
-from runtime_envs.materialize import Prepared, caches_kept, lock_file
+from runtime_envs.materialize import LOCK, Prepared, caches_kept, lock_file
 from runtime_envs.usage import in_use, using
 from runtime_envs.verify import READY
 
@@ -48,6 +48,14 @@ def test_nothing_goes_while_somebody_builds(root: Path, node: Environments, thre
     with caches_kept(root):
         assert keep(root, Budget(0)) == []
     assert node.ready() == {one.fingerprint for one in three}
+    assert keep(root, Budget(0)) == [one.fingerprint for one in three]
+
+
+@pytest.mark.parametrize("words", ['{"conda": [{}], "pip": []}', '{"conda": 1}', "[]", "{"])
+def test_a_damaged_lock_of_one_is_no_trouble_of_others(
+    root: Path, node: Environments, index: PipIndex, three: list[Prepared], words: str
+) -> None:
+    (three[0].prefix.parent / LOCK).write_text(words)
     assert keep(root, Budget(0)) == [one.fingerprint for one in three]
 
 

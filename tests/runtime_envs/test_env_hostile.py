@@ -13,7 +13,7 @@ import pytest
 from builders_channel import conda_yml
 from builders_wheels import environment_yml, write_wheel
 
-from runtime_envs.adopt import adopt
+from runtime_envs.adopt import adopt, fold
 from runtime_envs.conda.bytecode import Compiler, compile_files
 from runtime_envs.conda.solve import CondaPlaces
 from runtime_envs.environments import Environments, solve_environment
@@ -92,6 +92,23 @@ def test_links_are_followed_inside_the_prefix_only(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="share"):
         adopt(staged, prefix)
     assert list(outside.iterdir()) == []
+
+
+def test_two_names_of_one_folder_are_one(tmp_path: Path) -> None:
+    """As two wheels of one namespace are, where the platform's Python has lib64."""
+    staged, prefix = tmp_path / "staged", tmp_path / "prefix"
+    for name in ("lib", "lib64"):
+        (staged / name / "google").mkdir(parents=True)
+        (staged / name / "google" / f"{name}.py").write_text(f"{name}\n")
+    (prefix / "lib").mkdir(parents=True)
+    (prefix / "lib64").symlink_to("lib")
+    fold(staged, prefix)
+    assert sorted(adopt(staged, prefix)) == ["lib/google/lib.py", "lib/google/lib64.py"]
+    for name in ("lib", "lib64"):
+        (staged / name).mkdir(parents=True)
+        (staged / name / "same.py").write_text(f"{name}\n")
+    with pytest.raises(EnvironmentProblem, match=r"same\.py"):
+        fold(staged, prefix)
 
 
 def test_names_of_files_choose_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders_wheels import environment_yml, write_wheel
 
-from runtime_envs.errors import INDEX_FAILED, UNSOLVABLE, UNSUPPORTED, EnvironmentProblem
+from runtime_envs.errors import INDEX_FAILED, INVALID, UNSOLVABLE, UNSUPPORTED, EnvironmentProblem
 from runtime_envs.fingerprint import fingerprint_of
 from runtime_envs.host import load_host_base
 from runtime_envs.index import PipIndex
@@ -32,6 +32,12 @@ def unsolvable(index: PipIndex, *pip: str) -> EnvironmentProblem:
 def test_the_newest_version_and_the_one_that_fits(index: PipIndex) -> None:
     assert versions(solve(environment_yml("greeter"), index=index)) == {"greeter": "2.0"}
     assert versions(solve(environment_yml("greeter", "polite"), index=index)) == {"greeter": "1.0", "polite": "1.0"}
+
+
+def test_a_version_that_uv_cannot_read_is_the_file_s_fault(index: PipIndex) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"cannot be read: .*weird") as caught:
+        solve(environment_yml("greeter===weird"), index=index)
+    assert (caught.value.code, caught.value.fixable_by) == (INVALID, "user")
 
 
 def test_a_lock_names_wheel_and_hash(index: PipIndex) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trainers.child.failure import TrainFailure
+from trainers.child.failure import TrainFailure, is_template_error
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}"
@@ -54,8 +54,13 @@ class Chat:
             raise _refused("a call of a tool has no function with a name")
         for form in (_with_objects, _with_text):
             chat = cls([form(turn) for turn in turns], row.get("tools"), tokenizer)
-            if chat._shows_calls():
-                return chat
+            try:
+                if chat._shows_calls():
+                    return chat
+            except Exception as error:
+                wants_text = isinstance(error, TypeError) or is_template_error(error)  # it joins arguments to text
+                if form is _with_text or not wants_text:
+                    raise
         raise _refused("the template does not show all calls of tools, so they could not be learned")
 
     @cached_property
@@ -72,10 +77,7 @@ class Chat:
     def _shows_calls(self) -> bool:
         marked = [with_calls(turn, lambda one: {**one, "name": _MARK + one["name"]}) for turn in self.turns]
         calls = sum(len(turn.get("tool_calls") or ()) for turn in self.turns)
-        try:
-            return self.show(marked).count(_MARK) >= calls
-        except TypeError:  # it joins arguments to text
-            return False
+        return self.show(marked).count(_MARK) >= calls
 
 
 def _is_call(call: Any) -> bool:

@@ -20,7 +20,7 @@ from trainers.child.packing import PACKED_TOKENS
 from trainers.child.parted import is_parted
 from trainers.child.render import Row, question
 from trainers.child.samples import samples
-from trainers.child.token_cache import TokenCache
+from trainers.child.token_cache import Progress, TokenCache
 from trainers.child.world import World
 from trainers.config import TrainConfig
 
@@ -48,10 +48,12 @@ class Validation:
     ends: list[int]
 
 
-def make_validation(rows: Sequence[Row], loaded: Loaded, config: TrainConfig, cache: TokenCache) -> Validation:
+def make_validation(
+    rows: Sequence[Row], loaded: Loaded, config: TrainConfig, cache: TokenCache, tell: Progress
+) -> Validation:
     """Raises TrainFailure when no row carries loss."""
     hyper = dataclasses.replace(config.hyperparams, overlength="truncate")
-    examples = cache.encode(rows, loaded.tokenizer)
+    examples = cache.encode(rows, loaded.tokenizer, tell)
     encoded = encode(rows, loaded.tokenizer, hyper, loaded.context, examples)
     chosen = rows[: config.exact_match_rows]
     room = (loaded.context or 1 << 30) - config.max_new_tokens

@@ -48,7 +48,7 @@ def describe(error: BaseException) -> TrainFailure:
         return TrainFailure("disk_full", f"There is no room left to write to: {text}", hint=hint, fixable_by="operator")
     if isinstance(error, RuntimeError) and (lost := _lost_rank(text)) is not None:
         return lost
-    if "TemplateError" in {kind.__name__ for kind in type(error).__mro__}:
+    if is_template_error(error):
         hint = "Most templates want user and assistant to take turns, and a system turn first if at all."
         return TrainFailure("row_not_renderable", f"The chat template refuses a row: {error}", hint=hint)
     if isinstance(error, OSError):
@@ -93,3 +93,8 @@ def is_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def is_template_error(error: BaseException) -> bool:
+    """By name: not every environment has jinja."""
+    return "TemplateError" in {kind.__name__ for kind in type(error).__mro__}

@@ -105,6 +105,7 @@ class Session:
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
     _untold: Step | None = None
     _told_at: float = 0.0
+    _unstored: set[int] = field(default_factory=set)
     _writing: Future[None] | None = None
     """The checkpoint that is on its way to the disk while the training goes on."""
 
@@ -236,9 +237,11 @@ class Session:
         self.store.prune(durable, self._best_step)
 
     def _drop(self, step: int) -> None:
-        """Nobody stores it: it is of use only as the best one."""
-        if step != self._best_step:
-            self.store.drop(step)
+        """Nobody stores it: it is of use only as the best one, for as long as it is that."""
+        self._unstored.add(step)
+        for one in self._unstored - {self._best_step}:
+            self.store.drop(one)
+            self._unstored.discard(one)
 
     # ── the best weights ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -19,7 +19,7 @@ from trainers.run.conversation import Conversation, Intent, Listeners
 from trainers.run.limits import Limits
 from trainers.run.parts import Agents, DriverParts, Gang, GangRequest, Order, Outcome, Record, WorkersLost, WorkerTask
 from trainers.run.ports import OUT_OF_MEMORY, Assignment
-from trainers.run.preparing import CPU, lineage, parts_of, prepare, rows_at_once
+from trainers.run.preparing import CPU, fewer_rows, lineage, parts_of, prepare
 from trainers.run.records import RecordWriter
 from trainers.run.turns import TurnActions, Turns
 
@@ -119,7 +119,7 @@ class JobDriver:
         return outcome
 
     def _once_more(self, outcome: Outcome) -> Outcome:
-        """Where memory ran out the next attempt has half the rows in a forward pass, once; one rank alone has tried that itself."""
+        """Where memory ran out the next attempt has fewer rows in a forward pass, once; one rank alone has tried that itself."""
         assignment, error = self._assignment, outcome.error or {}
         if outcome.state is not JobState.FAILED or assignment is None or error.get("code") not in OUT_OF_MEMORY:
             return outcome
@@ -128,10 +128,10 @@ class JobDriver:
             and assignment.placement.slots == 1
             and assignment.hyperparams.offload != "parameters"
         )
-        rows = rows_at_once(assignment)
-        if assignment.short_of_memory or halved_itself or rows == 1 or assignment.script is not None:
+        rows = fewer_rows(assignment)
+        if assignment.short_of_memory or halved_itself or rows == 0 or assignment.script is not None:
             return outcome
-        told = f"it ran out of memory: once more with at most {rows // 2} row(s) in a forward pass"
+        told = f"it ran out of memory: once more with at most {rows} row(s) in a forward pass"
         return dataclasses.replace(outcome, state=JobState.RECOVERING, reason=told)
 
     def _start_thread(self, target: Callable[[], None]) -> None:

@@ -232,14 +232,24 @@ def hyperparams_of(assignment: Assignment) -> Hyperparams:
     """The micro-batch changes rounding only: a run that was short of memory goes on with a smaller one."""
     if not assignment.short_of_memory:
         return assignment.hyperparams
-    return replace(assignment.hyperparams, micro_batch_size=max(1, rows_at_once(assignment) // 2))
+    return replace(assignment.hyperparams, micro_batch_size=fewer_rows(assignment))
 
 
-def rows_at_once(assignment: Assignment) -> int:
-    """In one forward pass of a rank, at most."""
+def fewer_rows(assignment: Assignment) -> int:
+    """In one forward pass of a rank: half of what it had; one where tokens had bounded it, of which nobody here knows the rows. 0:
+    it had one row only."""
     hyper = assignment.hyperparams
     share = math.ceil(hyper.batch_size / assignment.placement.slots)
-    return min(share, hyper.micro_batch_size or share)
+    if hyper.micro_batch_size is None:
+        return min(1, share - 1)
+    return min(share, hyper.micro_batch_size) // 2
+
+
+def _code_version() -> str:
+    try:
+        return importlib.metadata.version("heliostat")
+    except importlib.metadata.PackageNotFoundError:  # a tree that nobody installed
+        return "unknown"
 
 
 def lineage(assignment: Assignment) -> dict[str, object]:
@@ -253,7 +263,7 @@ def lineage(assignment: Assignment) -> dict[str, object]:
         "dataset_sha256": assignment.dataset_sha256,
         "validation_sha256": assignment.validation_sha256,
         "environment": assignment.fingerprint,
-        "code_version": importlib.metadata.version("heliostat"),
+        "code_version": _code_version(),
         "output_model": assignment.output_model,
         **(
             {"entrypoint": script.entrypoint, "params": script.params, "code_sha256": folder_sha256(script.files)}

@@ -84,6 +84,16 @@ def test_a_template_that_joins_arguments_gets_text() -> None:
     assert learned(row, tokenizer) == ["rain<｜end▁of▁sentence｜>"]
 
 
+def test_a_template_that_asks_arguments_what_only_text_knows_gets_text() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}({{ c.function.arguments.strip() }}){% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert f"weather({WRITTEN})" in render(row_with(called(WRITTEN)), tokenizer).text
+
+
 def test_text_that_is_no_object_stays_as_it_is() -> None:
     rendered = render(row_with(called("[1]")), tokenizer_of("qwen2.5")).text
     assert '"arguments": "[1]"' in rendered

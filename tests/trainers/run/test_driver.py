@@ -167,15 +167,17 @@ def test_what_the_user_can_mend_fails_the_job_with_its_hint(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "rows"),
     [
-        ({}, 4),
-        ({"placement": Placement({"n1": (0, 1)})}, 2),
+        ({}, 1),
+        ({"placement": Placement({"n1": (0, 1)})}, 1),
+        ({"hyperparams": {"micro_batch_size": 8}}, 4),
+        ({"hyperparams": {"micro_batch_size": 8}, "placement": Placement({"n1": (0, 1)})}, 2),
         ({"hyperparams": {"micro_batch_size": 3}}, 1),
         ({"hyperparams": {"micro_batch_size": 1}}, None),
         ({"short_of_memory": True}, None),
         ({"script": Script(["train.py"], {})}, None),
     ],
 )
-def test_who_runs_out_of_memory_is_tried_once_more_with_half_the_rows(
+def test_who_runs_out_of_memory_is_tried_once_more_with_fewer_rows(
     tmp_path: Path, changes: dict[str, Any], rows: int | None
 ) -> None:
     hyper = Hyperparams(seed=does.NO_MEMORY, **changes.pop("hyperparams", {}))

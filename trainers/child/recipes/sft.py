@@ -30,7 +30,7 @@ def run(config: TrainConfig, world: World, control: Control, memory: MemoryLimit
     cache = TokenCache.of(config, world.rank)
     examples = cache.encode(rows, loaded.tokenizer, telling(control))
     data = encode(rows, loaded.tokenizer, config.hyperparams, loaded.context, examples)
-    validation = make_validation(held_out, loaded, config, cache) if held_out else None
+    validation = make_validation(held_out, loaded, config, cache, telling(control)) if held_out else None
     plan = Plan(len(data.examples), config.hyperparams)
     micro = micro_batch_size(config.hyperparams, world.size, data.max_seq_len)
 
