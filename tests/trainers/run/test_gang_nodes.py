@@ -253,7 +253,7 @@ def test_a_child_without_rank_0_stores_nothing(tmp_path: Path) -> None:
     worker = Worker(task, NoDriver(), ObjectStore(str(tmp_path)))  # type: ignore[arg-type]
     for message in ({"type": "checkpoint"}, {"type": "finished"}, {"type": "ack", "command": "stop"}):
         with pytest.raises(JobFailure) as caught:
-            worker._hear(message, None)  # type: ignore[arg-type]
+            worker._hear(message, None, None)  # type: ignore[arg-type]
         assert caught.value.code == "protocol_violation"
 
 
