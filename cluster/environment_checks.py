@@ -7,7 +7,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -45,8 +44,11 @@ class EnvironmentChecks:
                 raise
             fingerprint = self._store.fingerprint(lock)
             self._keep(EnvironmentCheck(fingerprint, "quick", "damaged", error.message, time.time()))
-            with suppress(HeliostatError):  # what was not mended, or removed to be made again, is told or made by this:
+            try:
                 self.check(fingerprint, repair=True)
+            except HeliostatError:
+                if fingerprint in self._store.ready():
+                    raise  # else it was removed, to be made again now
             made = self._store.materialize(lock)
         if "verify" in made.stages:
             self._keep(EnvironmentCheck(made.fingerprint, "quick", "ok", "", time.time()))
