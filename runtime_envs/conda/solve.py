@@ -125,7 +125,8 @@ def _solve_base(spec: EnvironmentSpec, base: CondaBase, minors: Sequence[str], t
             raise
         raise EnvironmentProblem(
             BASE_UNAVAILABLE, f"The base `{base.name}` cannot be had here: {problem}",
-            hint="The operator should check `channels` under `[environments]`, or add this Python to them.",
+            hint="Ask for another Python, or the operator to add this one to `channels` under `[environments]`."
+            if spec.python else "The operator should check `channels` under `[environments]`.",
             line=spec.python.line if spec.python else None, fixable_by="user" if spec.python else "operator",
         ) from None  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_nor_may_what_a_pip_package_needs(places: CondaPlaces, tmp_path: Path) -
 
 def test_a_python_that_the_channel_lacks(places: CondaPlaces) -> None:
     problem = refused(conda_yml("python=3.12"), places)
-    assert (problem.code, problem.line, problem.fixable_by) == (BASE_UNAVAILABLE, 4, "operator")
+    assert (problem.code, problem.line, problem.fixable_by) == (BASE_UNAVAILABLE, 4, "user")
 
 
 def test_the_policy(places: CondaPlaces) -> None:
