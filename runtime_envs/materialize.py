@@ -96,19 +96,12 @@ class HostEnvironments:
             with caches_kept(self._root), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
                     self._build(_Site(parsed, base, home, lock_fd, watch))
-                os.utime(
-                    home / READY
-                )  # when it was last used; while the lock is held, else it may go before it is used
+                os.utime(home / READY)  # it is used now: without the lock it could go before
         except TimeoutError:
             raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except OSError as error:
             raise build_failed(f"{error.strerror or error} ({error.filename or home})") from error
-        if "manifest" not in watch.stages:  # it was there
-            with watch.stage("verify"):
-                damaged = quick_verify(home)
-            if damaged:
-                raise damaged_problem(home, damaged)
-        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
+        return looked_at(home, fingerprint, watch)
 
     def _build(self, site: _Site) -> None:
         lock, home, watch = site.lock, site.home, site.watch
@@ -181,6 +174,16 @@ def _install_failed(reason: str) -> EnvironmentProblem:
             hint="Leave out this package or what needs it, or choose another version.",
         )  # fmt: skip
     return build_failed(reason)
+
+
+def looked_at(home: Path, fingerprint: str, watch: Stopwatch) -> Prepared:
+    """One that was there is checked by sizes and times. Raises EnvironmentProblem (`environment_damaged`)."""
+    if "manifest" not in watch.stages:
+        with watch.stage("verify"):
+            damaged = quick_verify(home)
+        if damaged:
+            raise damaged_problem(home, damaged)
+    return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
 
 
 def environment_folder(root: Path, fingerprint: str) -> Path:

@@ -29,7 +29,6 @@ from runtime_envs.conda.prefix import Linked, forget_prefix, read_prefix
 from runtime_envs.errors import BUILD_FAILED, EnvironmentProblem
 from runtime_envs.fingerprint import identity
 from runtime_envs.flock import held
-from runtime_envs.host import python_of
 from runtime_envs.index import PipIndex, machine_index
 from runtime_envs.materialize import (
     LOCK,
@@ -39,13 +38,13 @@ from runtime_envs.materialize import (
     WheelPlaces,
     build_failed,
     caches_kept,
-    damaged_problem,
     environment_folder,
     install_wheels,
     lock_file,
+    looked_at,
     write_durably,
 )
-from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, names_in, packed, quick_verify, sha256_of
+from runtime_envs.verify import MANIFEST, PREFIX, READY, is_ready, names_in, packed, sha256_of
 
 PIXI_LOCK = "pixi.lock"
 TELL_EVERY_S = 10.0
@@ -94,21 +93,14 @@ class CondaEnvironments:
             with caches_kept(self._root), held(lock_file(self._root, fingerprint), LOCK_TIMEOUT_S) as lock_fd:
                 if not is_ready(home):
                     self._build(_Site(parsed, home, lock_fd, watch), lock, like_others=like_others)
-                os.utime(
-                    home / READY
-                )  # when it was last used; while the lock is held, else it may go before it is used
+                os.utime(home / READY)  # it is used now: without the lock it could go before
         except TimeoutError:
             raise build_failed(f"another process has been building it for {LOCK_TIMEOUT_S:.0f} s") from None
         except subprocess.CalledProcessError as error:
             raise build_failed(error.stderr.strip()) from error
         except OSError as error:
             raise build_failed(f"{error.strerror or error} ({error.filename or home})") from error
-        if "manifest" not in watch.stages:  # it was there
-            with watch.stage("verify"):
-                damaged = quick_verify(home)
-            if damaged:
-                raise damaged_problem(home, damaged)
-        return Prepared(fingerprint, home / PREFIX, python_of(home / PREFIX), watch.stages)
+        return looked_at(home, fingerprint, watch)
 
     def _build(self, site: _Site, lock: dict[str, Any], *, like_others: bool) -> None:
         """`like_others`: from the environment here that is most like it, where there is one."""
